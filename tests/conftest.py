@@ -1,0 +1,44 @@
+"""Options and fixtures of all tests: where the goldens are, where real weights may be."""
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--assets", metavar="DIR", help="folder with real vocabularies and weights (tier 2)")
+    parser.addoption("--stress", action="store_true", help="run the long tests too: many kills, fuzzing")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--stress"):
+        for item in items:
+            if item.get_closest_marker("stress"):
+                item.add_marker(pytest.mark.skip(reason="long: run with --stress"))
+
+
+@pytest.fixture(scope="session")
+def root():
+    """The project's folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Tiny checkpoints in the publishers' formats, with the outputs of the official code."""
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def assets(request):
+    """The folder of real vocabularies and weights; the test is skipped where none is given."""
+    folder = request.config.getoption("--assets")
+    if not folder:
+        pytest.skip("needs real files: pytest --assets DIR")
+    folder = Path(folder).resolve()
+    if not folder.is_dir():
+        pytest.fail(f"--assets {folder} is not a folder")
+    return folder
