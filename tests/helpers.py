@@ -1,0 +1,55 @@
+"""What several tests need: comparing tensors with a reason, the loss, and how a run is started."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def assert_close(actual, expected, relative, what=""):
+    """Largest difference at most `relative` times the largest expected value."""
+    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} != {tuple(expected.shape)}"
+    actual, expected = actual.detach().double(), expected.double()
+    worst, scale = (actual - expected).abs().max().item(), expected.abs().max().item()
+    assert worst <= relative * max(scale, 1e-6), f"{what} differs by {worst:.3g}, scale {scale:.3g}"
+
+
+def cross_entropy(model, tokens):
+    """Mean cross entropy of each position against the next id."""
+    logits = model(tokens)[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def run(*arguments, timeout=240, cwd=ROOT, **environment):
+    """Run a command of the project, offline, on one thread; returns the finished process."""
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=settings, text=True,
+                          capture_output=True, timeout=timeout)
+
+
+def assert_one_line_error(process, *words):
+    """Exit status 2, no traceback, and a last line with all of the words."""
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert "Traceback" not in process.stderr, process.stderr
+    last = process.stderr.strip().splitlines()[-1]
+    for word in words:
+        assert word in last, f"{word!r} is not in {last!r}"
+
+
+def published(folder):
+    """All tensors of expected.safetensors in a folder of goldens."""
+    from safetensors.torch import load_file
+    return load_file(Path(folder) / "expected.safetensors")
+
+
+@torch.no_grad()
+def continuation(model, prompt, new):
+    """Greedy ids by running everything again for each new id: what a cache must equal."""
+    ids = list(prompt)
+    for _ in range(new):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt):]

@@ -1,0 +1,200 @@
+"""The shared blocks, generate and State, on GPT and on a recurrent toy: the two kinds of memory."""
+import json
+import math
+
+import pytest
+import torch
+from helpers import assert_close, continuation
+from toy import State as ToyState
+from toy import Toy, ToyConfig
+
+from gpt import GPT, GPTConfig, probabilities, sample
+
+
+def build(kind):
+    torch.manual_seed(1)
+    model = GPT(GPTConfig.sized(2, 32, 61, 40)) if kind == "gpt" else Toy(ToyConfig(vocab_size=61))
+    with torch.no_grad():                    # larger weights: peaked, varied distributions
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6.0 if kind == "gpt" else 2.0)
+    return model.eval()
+
+
+both = pytest.mark.parametrize("kind", ["gpt", "toy"])
+PROMPTS = [[3, 1, 4, 1], [5], [9, 2, 6, 5, 3, 5, 8], [9, 7], [4, 4], [2]]
+
+
+@both
+def test_a_batch_of_different_lengths_equals_its_rows(kind):
+    model = build(kind)
+    together = model.generate(PROMPTS, 20, temperature=0)
+    assert together == [model.generate([prompt], 20, temperature=0)[0] for prompt in PROMPTS]
+    assert together == [continuation(model, prompt, 20) for prompt in PROMPTS]
+    assert len({tuple(row) for row in together}) > 2
+
+
+@both
+def test_a_stopped_row_keeps_its_ids_and_the_others_go_on(kind):
+    model = build(kind)
+    full = model.generate(PROMPTS, 20, temperature=0)
+    stop = (full[0][5], full[2][9])
+    def cut(row):
+        ends = [i for i, drawn in enumerate(row) if drawn in stop]
+        return row[:ends[0]] if ends else row
+    assert model.generate(PROMPTS, 20, temperature=0, stop=stop) == [cut(row) for row in full]
+    assert any(len(cut(row)) < 20 for row in full)
+
+
+@both
+def test_on_token_hears_every_id_of_every_row_and_the_stop_id(kind):
+    model, heard = build(kind), [[] for _ in PROMPTS]
+    full = model.generate(PROMPTS, 20, temperature=0)
+    stop = (full[0][5],)
+    new = model.generate(PROMPTS, 20, temperature=0, stop=stop,
+                         on_token=lambda row, drawn: heard[row].append(drawn))
+    for row, ids in enumerate(new):
+        assert heard[row] == ids + ([stop[0]] if len(ids) < 20 else [])
+
+
+@both
+def test_going_on_from_a_state_equals_one_long_prompt(kind):
+    """Three turns of a conversation, computing only what is new, against recomputing all of it."""
+    model, ids = build(kind), []
+    state = model.new_state(1, 40)
+    for turn in ([3, 1, 4], [1, 5, 9, 2], [6]):
+        ids += turn
+        [new] = model.generate([ids[int(state.position):]], 6, state=state, temperature=0)
+        assert new == continuation(model, ids, 6)
+        ids += new
+        assert int(state.position) == len(ids) - 1                      # the last id drawn is not in it
+
+
+@both
+def test_a_clone_branches_and_never_shares(kind):
+    model = build(kind)
+    state = model.new_state(1, 40)
+    model.generate([[3, 1, 4]], 0, state=state)
+    copy = state.clone()
+    first = model.generate([[7]], 8, state=state, temperature=0)
+    assert int(copy.position) == 3
+    assert model.generate([[7]], 8, state=copy, temperature=0) == first
+    assert model.generate([[3, 1, 4, 7]], 8, temperature=0) == first
+
+
+@both
+def test_a_saved_state_goes_on_like_the_live_one(kind, tmp_path):
+    model = build(kind)
+    state = model.new_state(1, 40)
+    model.generate([[3, 1, 4]], 5, state=state, temperature=0)
+    state.save(tmp_path / "state")
+    again = type(state).load(tmp_path / "state")
+    assert model.generate([[8]], 6, state=again, temperature=0) == model.generate(
+        [[8]], 6, state=state, temperature=0)
+
+
+@both
+def test_a_long_prompt_in_pieces_equals_one_pass(kind):
+    if kind == "gpt":
+        model = GPT(GPTConfig.sized(1, 32, 61, 1400)).eval()
+    else:
+        model = build(kind)
+    prompt = torch.randint(61, (1300,), generator=torch.Generator().manual_seed(0)).tolist()
+    state = model.new_state(1, 1300)
+    with torch.no_grad():
+        assert_close(model.read_prompts([prompt], state), model(torch.tensor([prompt]))[:, -1], 1e-5)
+    assert int(state.position) == 1300
+
+
+def test_gpt_rows_end_when_the_context_is_full():
+    model = build("gpt")
+    new = model.generate([[1] * 35, [2] * 40, [3] * 3], 100, temperature=0)
+    assert [len(row) for row in new] == [5, 0, 37]
+
+
+def test_the_toy_has_no_limit():
+    assert len(build("toy").generate([[1]], 300, seed=0)[0]) == 300
+
+
+@both
+def test_the_seed_decides_the_draw(kind):
+    model = build(kind)
+    def draw(seed):
+        return model.generate(PROMPTS, 15, seed=seed)
+    assert draw(1) == draw(1) != draw(2)
+    assert draw(None) != draw(None)
+    torch.manual_seed(5)
+    before = torch.rand(1)
+    torch.manual_seed(5)
+    draw(1)
+    assert torch.equal(torch.rand(1), before)                           # the global generator is untouched
+
+
+@both
+@pytest.mark.parametrize("change, words", [
+    (dict(prompts=[]), "empty prompt"), (dict(prompts=[[1], []]), "empty prompt"),
+    (dict(prompts=[[1, 61]]), "61.*0 to 60"), (dict(prompts=[[-1]]), "-1"),
+    (dict(max_new_tokens=-1), "max_new_tokens.*-1"), (dict(temperature=-0.5), "temperature.*-0.5"),
+    (dict(temperature=math.nan), "temperature"), (dict(top_k=0), "top_k.*0"),
+    (dict(top_p=1.5), "top_p.*1.5")])
+def test_impossible_requests_are_one_clear_error(kind, change, words):
+    with pytest.raises(ValueError, match=words):
+        build(kind).generate(**{"prompts": [[1]], "max_new_tokens": 3, **change})
+
+
+def test_prompts_that_do_not_fit_are_an_error_with_both_numbers():
+    model = build("gpt")
+    with pytest.raises(ValueError, match=r"41.*40"):
+        model.generate([[1] * 41], 1)
+    with pytest.raises(ValueError, match=r"9 tokens.*made for 8"):
+        model.generate([[1] * 4], 6, state=model.new_state(1, 8))
+    with pytest.raises(ValueError, match="2 prompts"):
+        model.generate([[1], [2]], 1, state=model.new_state(1, 8))
+    state = model.new_state(1, 40)
+    model.generate([[1] * 30], 0, state=state)
+    with pytest.raises(ValueError, match=r"41.*40"):
+        model.generate([[1] * 11], 1, state=state)
+
+
+def test_broken_weights_are_an_error_not_nonsense():
+    model = build("gpt")
+    model.ln_f.weight.data[0] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        model.generate([[1]], 3)
+
+
+# --- sampling ---
+
+def cases(golden, kind):
+    for case in json.loads((golden / "sampling.json").read_text())[kind]:
+        logits = torch.tensor([[float(x) for x in case["logits"]]])
+        yield case, logits, {i for i, x in enumerate(logits[0].tolist()) if x > -math.inf}
+
+
+def test_top_p_keeps_what_meta_keeps(golden):
+    count = 0
+    for case, logits, possible in cases(golden, "top_p"):
+        kept = probabilities(logits, case["temperature"], None, case["top_p"])[0].nonzero()[:, 0]
+        assert set(kept.tolist()) == set(case["kept_meta"]) & possible, case
+        count += 1
+    assert count > 20
+
+
+def test_top_k_keeps_what_nanogpt_keeps(golden):
+    for case, logits, possible in cases(golden, "top_k"):
+        kept = probabilities(logits, 1.0, case["top_k"], None)[0].nonzero()[:, 0]
+        assert set(kept.tolist()) == set(case["kept_nanogpt"]) & possible, case
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, 4)
+    for temperature, top_k, top_p in ((1.0, None, None), (0.5, None, None), (1.0, 2, None), (2.0, 3, 0.8)):
+        drawn = sample(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
+        share = torch.bincount(drawn, minlength=4) / 20000
+        want = probabilities(logits[:1], temperature, top_k, top_p)[0]
+        assert (share - want / want.sum()).abs().max() < 0.015
+
+
+def test_the_state_of_the_toy_is_fp32_for_any_parameters():
+    state = Toy(ToyConfig()).bfloat16().new_state(2, 5)
+    assert isinstance(state, ToyState) and state.memory.dtype == torch.float32

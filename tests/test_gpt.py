@@ -1,0 +1,327 @@
+"""gpt.py against the official code, and against itself."""
+import json
+import random
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import assert_close, assert_one_line_error, continuation, cross_entropy, published, run
+
+from gpt import GPT, SIZES, GPTConfig, State, read_tensors
+
+LAYOUTS = ("gpt2", "gpt2/prefixed", "gpt2/bin")
+
+
+@pytest.fixture(scope="module")
+def expected(golden):
+    return published(golden / "gpt2")
+
+
+@pytest.fixture(scope="module")
+def model(golden):
+    return GPT.from_pretrained(golden / "gpt2")
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    return GPT(replace(GPTConfig.sized(2, 32, 61, 40), **changes)).eval()
+
+
+# --- goldens ---
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gpt2_logits_equal_transformers(golden, expected, layout):
+    model = GPT.from_pretrained(golden / layout)
+    assert_close(model(expected["tokens"]), expected["logits"], 2e-5, layout)
+
+
+def test_gpt2_loss_and_gradients_equal_transformers(golden, expected):
+    model = GPT.from_pretrained(golden / "gpt2")
+    loss = cross_entropy(model, expected["tokens"])
+    loss.backward()
+    assert_close(loss, expected["loss"], 1e-6, "loss")
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad.t() if expected[f"grad.{name}"].shape != parameter.shape or (
+            ".c_" in name and name.endswith("weight")) else parameter.grad
+        assert_close(grad, expected[f"grad.{name}"], 1e-4, name)
+
+
+def test_gpt2_greedy_ids_equal_transformers(model, expected):
+    prompts = expected["greedy_prompt"].tolist()
+    assert model.generate(prompts, 16, temperature=0) == expected["greedy_ids"].tolist()
+
+
+def test_gpt2_rows_of_different_lengths_equal_the_padded_batch_of_transformers(model, expected):
+    mask = expected["leftpad_attention_mask"].bool()
+    prompts = [ids[keep].tolist() for ids, keep in zip(expected["leftpad_input_ids"], mask)]
+    assert len({len(prompt) for prompt in prompts}) > 1
+    assert model.generate(prompts, 16, temperature=0) == expected["leftpad_greedy_ids"].tolist()
+    for prompt, logits, keep in zip(prompts, expected["leftpad_logits"], mask):
+        assert_close(model(torch.tensor([prompt]))[0], logits[keep], 2e-5, "row")
+
+
+def test_nanogpt_checkpoints_equal_nanogpt(golden):
+    expected = published(golden / "gpt2/nanogpt")
+    for file, prefix in (("ckpt.pt", ""), ("ckpt_nobias_compiled.pt", "nobias_")):
+        model = GPT.from_pretrained(golden / "gpt2/nanogpt" / file)
+        assert_close(model(expected["tokens"]), expected[f"{prefix}logits"], 2e-5, file)
+        greedy = model.generate(expected["greedy_prompt"].tolist(), 16, temperature=0)
+        assert greedy == expected[f"{prefix}greedy_ids"].tolist()
+
+
+def test_nanogpt_sliding_window_equals_model_of_the_last_ids(golden):
+    expected = published(golden / "gpt2/nanogpt")
+    model = GPT.from_pretrained(golden / "gpt2/nanogpt")
+    ids = expected["long_prompt"][0].tolist()
+    for _ in range(10):                      # nanoGPT restarts positions once the window slides
+        ids.append(int(model(torch.tensor([ids[-48:]]))[0, -1].argmax()))
+    assert ids[-10:] == expected["long_greedy_ids"][0].tolist()
+
+
+def test_bf16_logits_are_no_further_from_fp32_than_the_official_ones(golden, expected):
+    model = GPT.from_pretrained(golden / "gpt2", dtype=torch.bfloat16)
+    ours = (model(expected["tokens"]).float() - expected["logits"]).abs().mean()
+    theirs = (expected["logits_bf16"] - expected["logits"]).abs().mean()
+    assert ours <= 1.1 * theirs
+
+
+# --- sizes and initialisation ---
+
+@pytest.mark.parametrize("name, count", [
+    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080),
+    ("gpt2-xl", 1_557_611_200)])
+def test_published_sizes_have_the_published_number_of_parameters(name, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in GPT(SIZES[name]).parameters()) == count
+
+
+def test_initial_values_are_those_of_the_authors():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.sized(8, 128, 512, 256))
+    std = {name: parameter.std().item() for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "ln_" in name:
+            assert (parameter == 1).all(), name
+        else:
+            want = 0.01 if name == "wpe.weight" else 0.005 if "c_proj" in name else 0.02
+            assert std[name] == pytest.approx(want, rel=0.05), name     # 0.02 / sqrt(2 * 8) = 0.005
+
+
+def test_every_parameter_is_in_one_group_and_only_matrices_decay():
+    model = small()
+    groups = model.parameter_groups()
+    listed = [id(p) for group in groups for p in group["params"]]
+    assert sorted(listed) == sorted(id(p) for p in model.parameters())
+    for group in groups:
+        assert all((p.dim() >= 2) == group["decay"] for p in group["params"])
+
+
+@pytest.mark.parametrize("field, value", [
+    ("vocab_size", 0), ("n_layer", -1), ("n_head", 5), ("n_embd", "8"), ("activation_function", "relu"),
+    ("resid_pdrop", 1.5), ("layer_norm_epsilon", -1.0)])
+def test_an_impossible_config_names_the_field(field, value):
+    with pytest.raises(ValueError, match=field):
+        replace(GPTConfig.sized(2, 32, 61, 40), **{field: value})
+
+
+def test_dropout_acts_in_training_only():
+    model = small(embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5)
+    tokens = torch.arange(12)[None]
+    assert torch.equal(model(tokens), model(tokens))
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+
+
+# --- the state ---
+
+def test_a_cached_pass_in_pieces_equals_one_pass(model, expected):
+    tokens = expected["tokens"]
+    state = model.new_state(len(tokens), 30)
+    with torch.no_grad():
+        pieces = [model(piece, state) for piece in tokens.split([5, 1, 11, 7], dim=1)]
+    assert_close(torch.cat(pieces, 1), model(tokens), 2e-6, "logits")
+    assert state.position.tolist() == [24, 24]
+
+
+def test_gradients_with_a_state_are_those_of_the_piece_alone():
+    """The past is data: same logits, and the same gradients as a pass whose past is detached."""
+    model, tokens = small(), torch.arange(20).view(2, 10)
+    state = model.new_state(2, 10)
+    model.hidden(tokens[:, :6], state)
+    assert not state.key.requires_grad
+    before = state.clone()
+    model(tokens[:, 6:], state).square().sum().backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert got["h.0.attn.c_attn.weight"].abs().sum() > 0
+    model.zero_grad()
+    with torch.no_grad():
+        full = model(tokens)
+    assert_close(model(tokens[:, 6:], before), full[:, 6:], 1e-5, "logits")
+    assert_close(before.key, state.key, 1e-6, "cache")
+
+
+def test_state_saves_loads_clones_and_views(model, tmp_path):
+    state = model.new_state(2, 12)
+    with torch.no_grad():
+        model.hidden(torch.tensor([[1, 2, 3], [4, 5, 6]]), state)
+    state.save(tmp_path / "memory")
+    again = State.load(tmp_path / "memory")
+    for name, tensor in state.tensors().items():
+        assert torch.equal(tensor, again.tensors()[name])
+    copy, view = state.clone(), state.rows(1, 2)
+    view.position += 5
+    assert state.position.tolist() == [3, 8] and copy.position.tolist() == [3, 3]
+    with pytest.raises(ValueError, match="no state"):
+        model.save_pretrained(tmp_path)
+        State.load(tmp_path / "model.safetensors")
+
+
+def test_too_many_tokens_are_an_error_with_both_numbers(model):
+    with pytest.raises(ValueError, match=r"49.*48"):
+        model(torch.zeros(1, 49, dtype=torch.int64))
+    state = model.new_state(1, 5)
+    with pytest.raises(ValueError, match=r"6.*5"):
+        model(torch.zeros(1, 6, dtype=torch.int64), state)
+    with pytest.raises(ValueError, match="rows"):
+        model(torch.zeros(2, 3, dtype=torch.int64), state)
+
+
+# --- reading and writing ---
+
+def test_save_then_load_gives_the_same_bits_and_config(golden, tmp_path):
+    for source in (*LAYOUTS, "gpt2/nanogpt", "gpt2/nanogpt/ckpt_nobias_compiled.pt"):
+        model = GPT.from_pretrained(golden / source)
+        model.save_pretrained(tmp_path / "copy")
+        again = GPT.from_pretrained(tmp_path / "copy")
+        tokens = torch.arange(20)[None]
+        assert torch.equal(model(tokens), again(tokens)), source
+        assert again.config == replace(model.config, bias=True)
+        assert [p.name for p in (tmp_path / "copy").glob("*.part")] == []
+
+
+def test_untied_head_and_dtype_survive(tmp_path):
+    model = small(tie_word_embeddings=False).bfloat16()
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    assert again.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert GPT.from_pretrained(tmp_path, dtype=torch.float32).wte.weight.dtype == torch.float32
+
+
+def test_saved_models_open_in_transformers_to_the_same_logits(golden, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for source in ("gpt2", "gpt2/nanogpt/ckpt_nobias_compiled.pt"):
+        model = GPT.from_pretrained(golden / source)
+        model.save_pretrained(tmp_path / "copy")
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "copy").eval()
+        tokens = torch.arange(20)[None]
+        assert_close(model(tokens), theirs(tokens).logits, 1e-5, source)
+
+
+def test_overrides_change_the_config_and_unknown_ones_are_refused(golden):
+    assert GPT.from_pretrained(golden / "gpt2", resid_pdrop=0.3).config.resid_pdrop == 0.3
+    with pytest.raises(ValueError, match="n_heads"):
+        GPT.from_pretrained(golden / "gpt2", n_heads=3)
+
+
+def damaged(golden, folder, kind):
+    """A copy of the golden with one fault."""
+    shutil.copytree(golden / "gpt2", folder, ignore=shutil.ignore_patterns("nanogpt", "bin", "prefixed"))
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    index = folder / "model.safetensors.index.json"
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif kind == "pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    elif kind == "empty":
+        weights.write_bytes(b"")
+    elif kind == "no config":
+        config.unlink()
+    elif kind == "config is a list":
+        config.write_text("[1]")
+    elif kind == "other sizes":
+        config.write_text(config.read_text().replace('"n_embd": 30', '"n_embd": 33'))
+    elif kind == "other model":
+        config.write_text(config.read_text().replace('"gpt2"', '"bert"'))
+    elif kind == "inverse layer":
+        config.write_text(json.dumps({**json.loads(config.read_text()),
+                                      "scale_attn_by_inverse_layer_idx": True}))
+    elif kind == "outside":
+        index.write_text('{"weight_map": {"wte.weight": "../model.safetensors"}}')
+    elif kind == "absent shard":
+        index.write_text('{"weight_map": {"wte.weight": "model-1.safetensors"}}')
+    elif kind == "index without map":
+        index.write_text('{"metadata": {}}')
+    elif kind == "name not in shard":
+        index.write_text('{"weight_map": {"wte.weights": "model.safetensors"}}')
+    elif kind == "no weights":
+        weights.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("kind", [
+    "truncated", "pointer", "empty", "no config", "config is a list", "other sizes", "other model",
+    "inverse layer", "outside", "absent shard", "index without map", "name not in shard", "no weights"])
+def test_a_damaged_checkpoint_is_one_clear_line(golden, tmp_path, kind):
+    with pytest.raises((ValueError, OSError)) as caught:
+        GPT.from_pretrained(damaged(golden, tmp_path / "copy", kind))
+    assert "\n" not in str(caught.value) and 20 < len(str(caught.value)) < 600
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+    torch.save({"wte.weight": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="damaged, or no file of tensors"):
+        dict(read_tensors(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_random_damage_to_a_file_raises_nothing_else(golden, tmp_path):
+    rng = random.Random(0)
+    for file in ("model.safetensors", "bin/pytorch_model.bin", "nanogpt/ckpt.pt"):
+        intact = (golden / "gpt2" / file).read_bytes()
+        for _ in range(30):
+            data = bytearray(intact)
+            for _ in range(rng.randint(1, 8)):
+                data[rng.randrange(min(len(data), rng.choice((50, 2000, 10**9))))] = rng.randrange(256)
+            (tmp_path / "file").write_bytes(bytes(data[:rng.choice((len(data), rng.randrange(len(data))))]))
+            try:
+                dict(read_tensors(tmp_path / "file"))
+            except (ValueError, OSError) as error:
+                assert "\n" not in str(error)
+
+
+def test_old_bin_files_that_are_no_zip_load(tmp_path):
+    torch.save({"a": torch.arange(3.0)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert dict(read_tensors(tmp_path))["a"].tolist() == [0, 1, 2]
+
+
+# --- the file alone, and its command ---
+
+def test_the_file_alone_builds_trains_saves_loads_and_generates(root, tmp_path):
+    shutil.copy(root / "gpt.py", tmp_path)
+    (tmp_path / "use.py").write_text("""
+import torch, gpt
+model = gpt.GPT(gpt.GPTConfig.sized(1, 16, 20, 12))
+tokens = torch.arange(12)[None] % 20
+loss = torch.nn.functional.cross_entropy(model(tokens)[0, :-1], tokens[0, 1:])
+loss.backward()
+model.save_pretrained("saved")
+print(len(gpt.GPT.from_pretrained("saved").generate([[1, 2]], 5, seed=0)[0]))
+""")
+    done = run("use.py", cwd=tmp_path)
+    assert done.stdout == "5\n", done.stderr
+    alone = run("gpt.py", "saved", "--prompt", "x", cwd=tmp_path)
+    assert_one_line_error(alone, "tokenizer")
+
+
+def test_greedy_generation_equals_recomputing_everything():
+    model = small()
+    prompts = [[3, 1, 4], [1, 5], [9, 2, 6, 5, 3, 5], [8, 9]]
+    want = [continuation(model, prompt, 12) for prompt in prompts]
+    assert model.generate(prompts, 12, temperature=0) == want

@@ -1,0 +1,99 @@
+"""A recurrent language model as small as the contract allows: what scripts and shared blocks must serve.
+
+    memory = decay * memory + W x;  x = x + U memory;  logits = V x
+
+Its state has no limit, its optimiser settings are unusual, and its loss has the L2Wrap of RWKV.
+"""
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import gpt
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    vocab_size: int = 64
+    width: int = 16
+    layers: int = 2
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+    context = None
+
+    @classmethod
+    def sized(cls, layers, width, vocab_size, context):
+        return cls(vocab_size, width, layers)
+
+
+@dataclass
+class State:
+    position: Tensor                         # (B,) int64
+    memory: Tensor                           # (B, L, C) fp32
+    max_tokens = None
+    tensors, rows, clone = gpt.State.tensors, gpt.State.rows, gpt.State.clone
+    save, load = gpt.State.save, classmethod(gpt.State.load.__func__)
+
+
+class Toy(nn.Module):
+    OPTIMIZER = dict(betas=(0.8, 0.9), eps=1e-6)
+    L2WRAP = 1e-4
+    generate, read_prompts = gpt.GPT.generate, gpt.GPT.read_prompts
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.emb = nn.Embedding(config.vocab_size, config.width)
+        self.inward = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(config.layers))
+        self.outward = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(config.layers))
+        self.decay = nn.Parameter(torch.linspace(-2, 2, config.width).repeat(config.layers, 1))
+        self.head = nn.Linear(config.width, config.vocab_size)
+
+    def new_state(self, batch_size, max_tokens):
+        like = self.emb.weight
+        return State(like.new_zeros(batch_size, dtype=torch.int64),
+                     like.new_zeros(batch_size, self.config.layers, self.config.width).float().detach())
+
+    def hidden(self, tokens, state=None):
+        scratch = state or self.new_state(*tokens.shape)
+        x = self.emb(tokens)                                            # (B, T, C)
+        for i, (inward, outward) in enumerate(zip(self.inward, self.outward)):
+            memory, past = scratch.memory[:, i].clone(), []             # (B, C)
+            for step in inward(x).unbind(1):
+                memory = torch.sigmoid(self.decay[i]) * memory + step
+                past.append(memory)
+            scratch.memory[:, i] = memory.detach()
+            x = x + outward(torch.stack(past, 1).tanh())
+        scratch.position += tokens.shape[1]
+        return x
+
+    def logits(self, hidden, state=None):
+        return self.head(hidden)
+
+    def forward(self, tokens, state=None):
+        return self.logits(self.hidden(tokens, state), state)
+
+    def parameter_groups(self):
+        return [{"params": [p for n, p in self.named_parameters() if n != "decay"], "lr_scale": 1.0, "decay": True},
+                {"params": [self.decay], "lr_scale": 2.0, "decay": False}]
+
+    def save_pretrained(self, directory):
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        torch.save(self.state_dict(), Path(directory, "model.pth.part"))
+        os.replace(Path(directory, "model.pth.part"), Path(directory, "model.pth"))
+        Path(directory, "config.json").write_text(json.dumps({"model_type": "toy", **asdict(self.config)}))
+
+    @classmethod
+    def from_pretrained(cls, path, device="cpu", dtype=None, **overrides):
+        stated = gpt.read_json(Path(path) / "config.json")
+        stated.pop("model_type")
+        model = cls(replace(ToyConfig(**{**stated, "eos_ids": tuple(stated["eos_ids"])}), **overrides))
+        model.load_state_dict(dict(gpt.read_tensors(path)), strict=True)
+        return model.to(device, dtype).eval()
+
+
+SIZES = {"tiny": ToyConfig()}
