@@ -918,7 +918,7 @@ def read_documents(path: Path, name: str):
             data = file.read(PIECE)
             text, bad = decode_counted(decode, data, tail, final=not data)
             held, tail, invalid = held + text, (tail + data)[-2:], invalid + bad
-            cut = find_cut(held) if data else len(held)
+            cut = 0 if 0 < len(data) < PIECE else find_cut(held) if data else len(held)
             if cut or first and not data or len(held) > HOLD:
                 cut = cut or len(held)
                 yield name, held[:cut], invalid
