@@ -1,0 +1,1094 @@
+"""Train any model of this project: `python train.py` works on any machine, offline, on real text.
+
+With no argument it reads the source of Python's standard library, trains a tokenizer on it and a
+small GPT, shows what it does, and leaves a run directory (out/gpt) that `python gpt.py out/gpt`
+talks to and transformers opens. Every setting is a flag: see `python train.py --help`.
+
+From the top: settings; the list of models; device and precision; data; loss; memory; the loop,
+`fit`; a run directory; `main`. finetune.py and chat.py import what they need from here.
+
+The recipe is stated in tokens per step: the script derives how many sequences go through the model
+at once and how often gradients are accumulated, on one process or on many (torchrun). Parameters
+are fp32 and computed with under autocast. Everything random is drawn from the seed and the step's
+number alone, so a resumed run gives the same bits.
+"""
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import gzip
+import hashlib
+import importlib
+import json
+import lzma
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import tokenizer as text
+
+STARTED = time.time()
+
+# ---------------------------------------------------------------------------------------- settings
+
+
+def flag(default, meaning: str, **limits):
+    """A field of the settings: its default, its line in --help, and what values are possible."""
+    made = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(metadata={"help": meaning, **limits}, **made)
+
+
+@dataclass
+class Settings:
+    """What was asked. Fields are flags; None means: decided by the script, which says what it chose."""
+    model: str = flag("gpt", "which architecture", choices="models")
+    size: str | None = flag(None, "a published size of it, by its name in SIZES")
+    layers: int | None = flag(None, "number of blocks (default 4)", low=1)
+    width: int | None = flag(None, "channels of the residual stream (default 256)", low=1)
+    context: int | None = flag(None, "length of training sequences in tokens (default 256)", low=2)
+    config: list[str] = flag([], "config fields as field=value, for all that has no flag of its own")
+    data: list[str] = flag([], "files, folders or patterns of text, .jsonl with \"text\", or a folder "
+                               "with train.bin and val.bin (default: Python's standard library)")
+    tokenizer: str | None = flag(None, "folder, file or name of a tokenizer (default: train one)")
+    vocab: int | None = flag(None, "vocabulary of a trained tokenizer, specials included (default 4096)", low=257)
+    split_seed: int = flag(0, "decides which documents are held out")
+    out: str | None = flag(None, "the run directory (default: out/MODEL, then out/MODEL-2, ...)")
+    steps: int | None = flag(None, "optimiser steps (default 440)", low=1)
+    minutes: float | None = flag(None, "plan the number of steps to end after this time", low=0.05)
+    tokens_per_step: int | None = flag(None, "tokens in one step (default 2048)", low=2)
+    micro_batch: int | None = flag(None, "sequences at once on one device (default: what fits)", low=1)
+    lr: float | None = flag(None, "peak learning rate (default 0.003 * sqrt(256 / width); 0.0001 with --init-from)", above=0)
+    final_lr: float = flag(0.05, "learning rate at the end, as a part of the peak", low=0, high=1)
+    warmup: int | None = flag(None, "steps of linear warm-up (default: a tenth of all)", low=0)
+    weight_decay: float = flag(0.1, "decay of matrices", low=0)
+    clip: float = flag(1.0, "largest norm of the gradient", above=0)
+    seed: int = flag(0, "decides initial weights, order of the data and dropout", low=0)
+    device: str | None = flag(None, "cuda, mps or cpu (default: the first of them there is)")
+    dtype: str | None = flag(None, "precision of the computation", choices=("float32", "bfloat16", "float16"))
+    compile: str = flag("auto", "compile the step: auto does on CUDA", choices=("auto", "on", "off"))
+    checkpoint_activations: bool = flag(False, "save memory: recompute each block in the backward pass")
+    eval_every: int | None = flag(None, "steps between validations (default: a tenth of all)", low=1)
+    eval_tokens: int = flag(32768, "tokens of a validation on the way; the last one reads all", low=1)
+    sample_every: int | None = flag(None, "steps between samples (default: a quarter of all)", low=1)
+    sample_prompt: str = flag("", "what samples begin with")
+    save_minutes: float = flag(5.0, "minutes between saves", low=0)
+    workers: int | None = flag(None, "processes that pack text (default: one a core)", low=1)
+    init_from: str | None = flag(None, "start from this checkpoint, with its tokenizer")
+    resume: str | None = flag(None, "go on with this run directory, to the same bits")
+    eval_only: bool = flag(False, "validate and stop; nothing is written but the token cache")
+    settings: str | None = flag(None, "read settings from this file (a run's settings.json)")
+
+
+HARMLESS = {"out", "resume", "settings", "workers", "eval_every", "eval_tokens", "sample_every",
+            "sample_prompt", "save_minutes"}           # they do not change the weights
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, which name the nearest flag."""
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.5)
+            message = f"unknown flag {unknown[1]}" + (f": did you mean {near[0]}?" if near else "")
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
+def convert(spec: dataclasses.Field, value):
+    """A value from a flag or a file as the field's type; ValueError if it is impossible."""
+    kind, meta = str(spec.type), spec.metadata
+    if value is None and "None" in kind:
+        return None
+    if "list" in kind or "bool" in kind:
+        wanted = list if "list" in kind else bool
+    else:
+        wanted = int if "int" in kind else float if "float" in kind else str
+    name, choices = "--" + spec.name.replace("_", "-"), meta.get("choices")
+    choices = tuple(MODELS) if choices == "models" else choices
+    try:
+        value = wanted(value) if wanted is not bool or isinstance(value, bool) else None
+        if value is None or (wanted is float and not math.isfinite(value)):
+            raise ValueError
+    except (ValueError, TypeError):
+        raise ValueError(f"{name} takes {wanted.__name__}, not {value!r}") from None
+    if choices and value not in choices:
+        raise ValueError(f"{name} is {value!r}: choose from {', '.join(choices)}")
+    for bound, bad in (("low", lambda limit: value < limit), ("high", lambda limit: value > limit),
+                       ("above", lambda limit: value <= limit)):
+        if bound in meta and bad(meta[bound]):
+            raise ValueError(f"{name} is {value}: it must be {dict(low='at least', high='at most', above='more than')[bound]} {meta[bound]}")
+    return value
+
+
+def parse_settings(kind: type, argv: list[str], description: str) -> tuple[Settings, set[str]]:
+    """The settings of a command line, and the names of those that were given there."""
+    parser = Parser(description=description, allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    specs = {spec.name: spec for spec in dataclasses.fields(kind)}
+    for name, spec in specs.items():
+        kinds = str(spec.type).replace(" | None", "")
+        default = [] if "list" in kinds else spec.default
+        shape = {"action": "store_true"} if kinds == "bool" else {"nargs": "+"} if "list" in kinds else {}
+        parser.add_argument("--" + name.replace("_", "-"), default=default, help=f"{spec.metadata['help']}",
+                            **shape, **({"metavar": kinds.upper()} if kinds != "bool" else {}))
+    argv = [re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), word) for word in argv]
+    parsed = vars(parser.parse_args(argv))
+    given = {word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
+    try:
+        values = {name: spec.default if spec.default is not dataclasses.MISSING else []
+                  for name, spec in specs.items()}
+        if parsed["settings"]:
+            stated = read_json(parsed["settings"])
+            if set(stated) - set(specs):
+                raise ValueError(f"{parsed['settings']} has unknown settings: "
+                                 + ", ".join(sorted(set(stated) - set(specs))))
+            values.update(stated)
+        values.update({name: parsed[name] for name in given & set(specs)})
+        return kind(**{name: convert(specs[name], value) for name, value in values.items()}), given
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def read_json(path) -> dict:
+    """The object in a JSON file; ValueError or OSError of one line."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
+
+# ------------------------------------------------------------------------------------------ models
+
+
+MODELS = {"gpt": ("gpt", "GPT"), "llama3": ("llama3", "Llama3"), "glm4": ("glm4", "GLM4"),
+          "rwkv6": ("rwkv6", "RWKV6"),
+          **{f"rwkv{n}": (f"lineage.rwkv{n}", f"RWKV{n}") for n in (2, 3, 4, 5)}}
+MODEL_TYPES = {"gpt2": "gpt", "llama": "llama3", "chatglm": "glm4", "glm": "glm4", "glm4": "glm4",
+               **{f"rwkv{n}": f"rwkv{n}" for n in (2, 3, 4, 5, 6)}}      # config.json -> ours
+
+
+def model_parts(name: str):
+    """(class, config class, SIZES) of a model by its name in MODELS."""
+    module, class_name = MODELS[name]
+    module = importlib.import_module(module)
+    return getattr(module, class_name), getattr(module, class_name + "Config"), module.SIZES
+
+
+def identify(path: Path) -> str:
+    """Which of our models a checkpoint is: its config tells, or the names of its tensors."""
+    folder = path if path.is_dir() else path.parent
+    if path.suffix == ".pt" or (folder / "ckpt.pt").exists():
+        return "gpt"
+    if (folder / "params.json").exists():
+        return "llama3"
+    if (folder / "config.json").exists() and path.suffix != ".pth":
+        stated = read_json(folder / "config.json").get("model_type")
+        if stated not in MODEL_TYPES:
+            raise ValueError(f"{folder}/config.json is of model_type {stated!r}: none of "
+                             + ", ".join(MODEL_TYPES))
+        return MODEL_TYPES[stated]
+    shapes = {name.rpartition("blocks.1.")[2]: tuple(tensor.squeeze().shape) if "time_decay" not in name
+              else tuple(tensor.shape)
+              for name, tensor in importlib.import_module("gpt").read_tensors(path)}
+    for name, key in (("rwkv6", "att.time_maa_x"), ("rwkv5", "att.ln_x.weight"), ("rwkv2", "att.time_mix")):
+        if key in shapes:
+            return name
+    if "att.time_mix_k" in shapes:
+        return "rwkv3" if len(shapes["att.time_decay"]) == 2 else "rwkv4"
+    raise ValueError(f"{path} is no checkpoint of a model of ours: neither config.json nor its tensors tell")
+
+
+def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrides):
+    """The model in a checkpoint, whichever of ours it is: a folder, a file, or a repository's id."""
+    path = Path(path)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):
+        try:
+            from huggingface_hub import snapshot_download
+            path = Path(snapshot_download(path.as_posix()))
+        except ImportError:
+            raise FileNotFoundError(f"{path} does not exist; if it is a repository's id: "
+                                    "pip install huggingface_hub") from None
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    return model_parts(identify(path))[0].from_pretrained(path, device, dtype, **overrides)
+
+
+def config_values(config_class: type, assignments: list[str]) -> dict:
+    """--config field=value ...: each value is read as JSON where it is some, else as text."""
+    known, values = {spec.name for spec in dataclasses.fields(config_class)}, {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(f"--config {assignment}: {config_class.__name__} has no field {name}"
+                             + (f", but {near[0]}" if near else "") if equals else
+                             f"--config takes field=value, not {assignment!r}")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+        values[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
+    return values
+
+
+def open_model(settings: Settings, tokenizer):
+    """(model class, config, model or None): what is to be trained. Only --init-from has weights yet."""
+    model_class, config_class, sizes = model_parts(settings.model)
+    values, model = config_values(config_class, settings.config), None
+    if settings.init_from:
+        model = load_checkpoint(settings.init_from, "cpu", torch.float32, **values)
+        config = model.config
+    else:
+        if settings.size and settings.size not in sizes:
+            raise ValueError(f"--size {settings.size}: {settings.model} has {', '.join(sizes)}")
+        config = sizes[settings.size] if settings.size else config_class.sized(
+            settings.layers, settings.width, tokenizer.vocab_size, settings.context)
+        config = dataclasses.replace(config, **{
+            "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
+            "eos_ids": (tokenizer.end_id,), "pad_id": None, **values})
+    if config.vocab_size < tokenizer.vocab_size:
+        raise ValueError(f"the model has {config.vocab_size} ids, the tokenizer {tokenizer.vocab_size}: "
+                         "it needs its own tokenizer")
+    if config.context is not None and settings.context > config.context:
+        raise ValueError(f"--context {settings.context}: the model has a context of {config.context}")
+    return model_class, config, model
+
+# ------------------------------------------------------------------------------ machine and process
+
+
+@dataclass
+class Run:
+    """Where and as what this process runs; only rank 0 prints and writes."""
+    device: torch.device
+    dtype: torch.dtype                       # of the computation: parameters are fp32
+    rank: int = 0
+    world: int = 1
+    out: Path | None = None                  # the run directory
+
+    def say(self, *words) -> None:
+        if self.rank == 0:
+            print(*words, flush=True)
+
+    def log(self, **event) -> None:
+        """One line of log.jsonl."""
+        if self.rank == 0 and self.out is not None:
+            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Each number added up over all processes."""
+        if self.world == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64,
+                             device=self.device if self.device.type == "cuda" else "cpu")
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def autocast(self):
+        """The context in which the model computes."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def start_run(settings: Settings) -> Run:
+    """Choose device and precision, join the other processes if torchrun started this one."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(settings.device or best)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {settings.device} does not work here: {str(error).splitlines()[0]}") from None
+    run = Run(device, torch.float32, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    if run.world > 1:
+        if device.type == "cuda":
+            run.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(run.device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    why = "asked for" if settings.device else "the first there is of cuda, mps, cpu"
+    run.say(f"device     {run.device}: {why}" + (f"; {run.world} processes" if run.world > 1 else "")
+            + (f"; {torch.get_num_threads()} threads" if device.type == "cpu" else ""))
+    run.dtype, why = choose_dtype(run.device, settings.dtype)
+    run.say(f"precision  {str(run.dtype).removeprefix('torch.')}: {why}")
+    settings.device, settings.dtype = run.device.type, str(run.dtype).removeprefix("torch.")
+    return run
+
+
+def choose_dtype(device: torch.device, asked: str | None) -> tuple[torch.dtype, str]:
+    """The precision of the computation, and why. Parameters and optimiser stay in fp32."""
+    if asked == "float16" and device.type != "cuda":
+        raise ValueError(f"--dtype float16 on {device.type}: only CUDA has the loss scaling it needs; "
+                         "take bfloat16 or float32")
+    if asked:
+        return getattr(torch, asked), "asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU computes it fast"
+        return torch.float16, "this GPU has no fast bfloat16; the loss is scaled"
+    if device.type != "cpu":
+        return torch.float32, f"the safe choice on {device.type}"
+    a, b = torch.randn(1024, 512), torch.randn(512, 512)
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = a.to(dtype), b.to(dtype)
+        times[dtype] = min(timed(lambda x=x, y=y: x @ y) for _ in range(8))
+    ratio = times[torch.float32] / times[torch.bfloat16]
+    if ratio >= 1.5:
+        return torch.bfloat16, f"a matrix product is {ratio:.1f} times as fast as in float32 on this CPU"
+    return torch.float32, f"bfloat16 brings no speed on this CPU (a matrix product: {ratio:.1f} times)"
+
+
+def timed(work) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+# -------------------------------------------------------------------------------------------- data
+
+
+def standard_library() -> list[tuple[str, Path]]:
+    """(name, path) of the source of Python's standard library, without tests and tables."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"test", "tests", "site-packages", "dist-packages", "encodings", "pydoc_data", "idlelib",
+            "lib2to3", "__pycache__", "__phello__"}
+    files = [(path.relative_to(root).as_posix(), path) for path in root.rglob("*.py")]
+    return sorted((name, path) for name, path in files if not skip & set(name.split("/")[:-1]))
+
+
+def digest(files: list[tuple[str, Path]], *more: str) -> str:
+    """A name for these inputs: of names and contents (of very large files: size and time)."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for name, path in files:
+        stat = path.stat()
+        hashed.update(f"{name} {stat.st_size} ".encode())
+        if stat.st_size > 1 << 28:
+            hashed.update(str(stat.st_mtime_ns).encode())
+        else:
+            hashed.update(hashlib.blake2b(path.read_bytes()).digest())
+    hashed.update("\0".join(more).encode())
+    return hashed.hexdigest()
+
+
+@dataclass
+class Corpus:
+    """Token files and the tokenizer that made them."""
+    tokenizer: text.Tokenizer
+    train: np.ndarray                        # token ids, mapped from the file
+    val: np.ndarray
+    val_bytes: int                           # of UTF-8 text behind `val`
+    key: str                                 # names the inputs: a resumed run must find the same
+
+
+def prepare_corpus(settings: Settings, run: Run, tokenizer=None) -> Corpus:
+    """Read, tokenize and split the data, or find that done in the cache (rank 0 does it first)."""
+    if run.rank > 0:
+        dist.barrier()
+    place = settings.tokenizer or settings.init_from
+    if tokenizer is None and place:
+        tokenizer = text.load_tokenizer(place)
+    ready = [Path(path) for path in settings.data if (Path(path) / "train.bin").exists()]
+    if ready:
+        corpus = read_token_folder(ready[0], tokenizer, settings)
+    else:
+        files = text.find_files(settings.data) if settings.data else standard_library()
+        known = f"bpe {settings.vocab}" if tokenizer is None else json.dumps(
+            {name: hashlib.blake2b(data).hexdigest() for name, data in sorted(tokenizer.files().items())})
+        key = digest(files, known, str(settings.split_seed))
+        folder = Path(settings.out or "out/x").parent / "data" / key
+        if not (folder / "done.json").exists():
+            pack_corpus(files, tokenizer, folder, settings, run)
+        size = sum(path.stat().st_size for _, path in files)
+        what = ", ".join(settings.data) if settings.data else "the source of Python's standard library"
+        run.say(f"data       {what}: {len(files)} files, {size / 1e6:.1f} MB")
+        corpus = read_token_folder(folder, tokenizer, settings)
+        corpus.key = key
+    if run.rank == 0 and run.world > 1:
+        dist.barrier()
+    bytes_each = corpus.val_bytes / max(1, len(corpus.val))
+    run.say(f"tokens     {len(corpus.train):,} to train on, {len(corpus.val):,} held out "
+            f"({bytes_each:.2f} bytes a token); vocabulary {corpus.tokenizer.vocab_size}")
+    for name, ids in (("train on", corpus.train), ("validate on", corpus.val)):
+        if len(ids) < 2:
+            raise ValueError(f"{len(ids)} tokens to {name}: give more text")
+    return corpus
+
+
+def pack_corpus(files, tokenizer, folder: Path, settings: Settings, run: Run) -> None:
+    """Fill a folder of the cache: tokenizer, train.bin, val.bin; done.json comes last."""
+    screen = run.rank == 0
+    if tokenizer is None:
+        run.say(f"training a tokenizer of {settings.vocab} ids")
+        seen, limit = 0, 1 << 26             # 64 MB of text are plenty for a vocabulary
+
+        def texts():
+            nonlocal seen
+            for split, piece, *_ in text.split_documents(files, settings.split_seed):
+                if split == "train" and seen < limit:
+                    seen += len(piece)
+                    yield piece
+        tokenizer = text.train_bpe(texts(), settings.vocab - 1, progress=screen)
+    stats = text.pack(files, tokenizer, folder, settings.split_seed, settings.workers, progress=screen)
+    tokenizer.save(folder)
+    invalid = sum(split["invalid"] for split in stats.values())
+    if invalid:
+        run.say(f"data       {invalid} invalid UTF-8 sequences became U+FFFD")
+    (folder / "done.json.part").write_text(json.dumps(stats) + "\n", encoding="utf-8")
+    os.replace(folder / "done.json.part", folder / "done.json")
+
+
+def read_token_folder(folder: Path, tokenizer, settings: Settings) -> Corpus:
+    """A folder with train.bin and val.bin: ours, or nanoGPT's (then the tokenizer must be named)."""
+    if tokenizer is None and (folder / "tokenizer_config.json").exists():
+        tokenizer = text.load_tokenizer(folder)
+    if tokenizer is None:
+        raise ValueError(f"{folder} has token files but no tokenizer: name it, as --tokenizer gpt2")
+    splits = {}
+    for split in ("train", "val"):
+        path = folder / f"{split}.bin"
+        with open(path, "rb") as file:
+            headerless = not file.read(1) == b"{"
+        splits[split] = text.open_tokens(path, tokenizer.vocab_size, headerless=headerless)
+    val, header = splits["val"]
+    size = header.get("bytes") or len(tokenizer.decode(val.tolist()).encode())
+    key = hashlib.blake2b(json.dumps([h for _, h in splits.values()]).encode(), digest_size=8).hexdigest()
+    return Corpus(tokenizer, splits["train"][0], val, size, key)
+
+
+class Batches:
+    """Sequences of a token file for each step: every token is a target once an epoch, in a new order.
+
+    What a step sees depends on the seed and its number alone, whatever the number of processes. The
+    last sequence overlaps the one before it; the overlap is no target.
+    """
+
+    def __init__(self, ids: np.ndarray, context: int, sequences: int, micro: int, seed: int, run: Run):
+        self.ids, self.context, self.seed, self.run = ids, min(context, len(ids) - 1), seed, run
+        self.sequences, self.micro = sequences, micro
+        self.count = -(-(len(ids) - 1) // self.context)                 # sequences in an epoch
+        self.epoch, self.order = -1, None
+
+    def sequence(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets (T,) of the i-th sequence of the file; -100 is no target."""
+        start = min(i * self.context, len(self.ids) - 1 - self.context)
+        window = self.ids[start:start + self.context + 1].astype(np.int64)
+        targets = window[1:].copy()
+        targets[:i * self.context - start] = -100
+        return window[:-1], targets
+
+    def __call__(self, step: int) -> list[dict[str, torch.Tensor]]:
+        """The micro-batches of a step for this process: {"tokens", "targets"}, (b, T) int64 each."""
+        mine, made = range(self.run.rank, self.sequences, self.run.world), []
+        for first in range(0, len(mine), self.micro):
+            pairs = [self.sequence(self.place(step * self.sequences + k)) for k in mine[first:first + self.micro]]
+            tokens, targets = (torch.from_numpy(np.stack(part)) for part in zip(*pairs))
+            made.append({"tokens": tokens, "targets": targets})
+        return made
+
+    def place(self, index: int) -> int:
+        """Which sequence of the file is the index-th of all that training sees."""
+        epoch, i = divmod(index, self.count)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.epoch, self.order = epoch, torch.randperm(self.count, generator=generator)
+        return int(self.order[i])
+
+# -------------------------------------------------------------------------------------------- loss
+
+
+def next_token_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the cross entropies (nats, fp32) and the number of targets; -100 is no target."""
+    return cross_entropy(model, model.hidden(batch["tokens"]), batch["targets"])
+
+
+def cross_entropy(model, hidden: torch.Tensor, targets: torch.Tensor):
+    """The same from (B, T, C) hidden vectors: in pieces, so that no (B, T, V) logits are kept."""
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()           # (N, C), (N,)
+    rows = max(1, (1 << 26) // model.config.vocab_size)                 # logits of 256 MB in fp32
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for h, y in zip(hidden.split(rows), targets.split(rows)):
+        if len(hidden) > rows and torch.is_grad_enabled():
+            total = total + checkpoint(piece_loss, model, h, y, use_reentrant=False)
+        else:
+            total = total + piece_loss(model, h, y)
+    return total, (targets != -100).sum()
+
+
+def piece_loss(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross entropy of (n, C) hidden vectors, with the model's L2Wrap in training.
+
+    L2Wrap (RWKV): each position's largest logit m is pulled to 0 by the gradient of w * m^2 / 2; the
+    value of the loss does not change.
+    """
+    logits = model.logits(hidden[None])[0].float()                      # (n, V)
+    loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    if model.L2WRAP and model.training:
+        pull = 0.5 * model.L2WRAP * logits.amax(-1)[targets != -100].square().sum()
+        loss = loss + pull - pull.detach()
+    return loss
+
+
+@torch.no_grad()
+def validate(model, run: Run, ids: np.ndarray, context: int, first: int, limit: int) -> float:
+    """Nats a token over evenly spaced blocks of `ids`, about `limit` tokens; `first` precedes them."""
+    context = min(context, len(ids))
+    starts = np.arange(0, len(ids), context)
+    chosen = np.linspace(0, len(starts) - 1, max(1, min(len(starts), limit // context)))
+    starts = starts[np.unique(chosen.astype(np.int64))][run.rank::run.world]
+    was_training, total, count = model.training, 0.0, 0
+    model.eval()
+    for group in np.array_split(starts, max(1, len(starts) * context // 8192)):
+        tokens, targets = np.zeros((2, len(group), context), np.int64)
+        targets[:] = -100
+        for row, start in enumerate(group):
+            block = ids[start:start + context].astype(np.int64)
+            tokens[row, 0] = first if start == 0 else ids[start - 1]
+            tokens[row, 1:len(block)], targets[row, :len(block)] = block[:-1], block
+        if len(group):
+            batch = {"tokens": torch.from_numpy(tokens).to(run.device),
+                     "targets": torch.from_numpy(targets).to(run.device)}
+            with run.autocast():
+                nats, targets_seen = next_token_loss(model, batch)
+            total, count = total + nats.item(), count + targets_seen.item()
+    model.train(was_training)
+    total, count = run.sum(total, count)
+    return total / count
+
+
+def compressed(corpus: Corpus) -> dict[str, float]:
+    """Bits per byte that gzip -9 and xz -9e need for the held-out text (its first 16 MB)."""
+    ids = corpus.val[:8 << 20]
+    data = corpus.tokenizer.decode(ids[ids != corpus.tokenizer.end_id].tolist()).encode()[:16 << 20]
+    return {"gzip": 8 * len(gzip.compress(data, 9)) / len(data),
+            "xz": 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)}
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def activation_bytes(model_class, config, context: int, loss) -> int:
+    """Bytes that one sequence keeps for the backward pass in fp32: counted on a twin without memory."""
+    with torch.device("meta"):
+        twin = model_class(config).train()
+        tokens = torch.zeros((1, context), dtype=torch.int64)
+    own, kept, alive = {id(p) for p in twin.parameters()}, {}, []
+
+    def keep(tensor):
+        if id(tensor) not in own:
+            alive.append(tensor)
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss(twin, {"tokens": tokens, "targets": tokens})
+    return sum(kept.values())
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that this device has left; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    names = getattr(os, "sysconf_names", {})
+    pages = next((n for n in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if n in names), None)
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages else None
+
+
+def plan_memory(settings: Settings, run: Run, model_class, config, sequences: int, loss) -> None:
+    """Say what training needs beside what there is, and set how many sequences go at once."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in model_class(config).parameters())
+    each = activation_bytes(model_class, config, settings.context, loss)
+    each = int(each * (0.6 if run.dtype != torch.float32 else 1.0))     # half of most, not of all
+    if settings.checkpoint_activations:
+        each //= 4
+    free, fixed, most = free_bytes(run.device), 16 * count, -(-sequences // run.world)
+    if settings.micro_batch is None:
+        room = (0.7 * free - fixed) / each if free else 8
+        most = max(1, min(most, 16384 // settings.context, int(room)))
+        settings.micro_batch = 1 << (most.bit_length() - 1)             # a power of two
+    need, gb = fixed + each * settings.micro_batch, 1 << 30
+    run.say(f"memory     about {need / gb:.2f} GB: parameters {4 * count / gb:.2f}, gradients {4 * count / gb:.2f}, "
+            f"Adam {8 * count / gb:.2f}, activations {each * settings.micro_batch / gb:.2f}"
+            + (f"; {free / gb:.1f} GB free" if free else ""))
+    if free and need > free:
+        run.say(f"warning    that is more than there is: try {smaller(settings)}")
+
+
+def smaller(settings: Settings) -> str:
+    """The next setting that needs less memory."""
+    if settings.micro_batch > 1:
+        return f"--micro-batch {settings.micro_batch // 2}"
+    if not settings.checkpoint_activations:
+        return "--checkpoint-activations"
+    return f"--context {settings.context // 2}"
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a RuntimeError of torch means that memory ran out, on any device."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) \
+        or "out of memory" in str(error)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has used: of the GPU, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:                      # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def checkpoint_blocks(model) -> None:
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    for block in blocks:
+        def recompute(*arguments, forward=block.forward):
+            if torch.is_grad_enabled():
+                return checkpoint(forward, *arguments, use_reentrant=False)
+            return forward(*arguments)
+        block.forward = recompute
+
+# ---------------------------------------------------------------------------------------- the loop
+
+
+def make_optimizer(settings: Settings, model) -> torch.optim.Optimizer:
+    """AdamW over the model's own groups and constants; fused where the device has it."""
+    groups = [{"params": group["params"], "lr_scale": group["lr_scale"],
+               "weight_decay": settings.weight_decay if group["decay"] else 0.0}
+              for group in model.parameter_groups() if group["params"]]
+    try:
+        return torch.optim.AdamW(groups, lr=0.0, **model.OPTIMIZER, fused=True)
+    except RuntimeError:
+        return torch.optim.AdamW(groups, lr=0.0, **model.OPTIMIZER)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Linear warm-up, then half a cosine down to final_lr of the peak."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    part = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return settings.lr * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * part)))
+
+
+def compiled(settings: Settings, run: Run, model, batch, loss):
+    """The loss, compiled if asked for or worth it; a compiler that fails costs one line, not the run."""
+    if settings.compile == "off" or (settings.compile == "auto" and run.device.type != "cuda"):
+        return loss
+    try:
+        fast = torch.compile(loss)
+        start = time.perf_counter()
+        with run.autocast():
+            fast(model, to_device(batch, run.device))[0].backward()
+        model.zero_grad(set_to_none=True)
+        run.say(f"compile    done in {time.perf_counter() - start:.0f} s")
+        return fast
+    except Exception as error:               # missing compilers fail in many ways
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        model.zero_grad(set_to_none=True)
+        run.say(f"compile    does not work here, going on without ({type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0][:100]})")
+        return loss
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """Every tensor of a batch on the device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM as a flag that the loop looks at between two steps."""
+
+    def __enter__(self):
+        self.signal, self.before = 0, {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):                       # not the main thread
+                self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame):
+        self.signal = number
+        signal.signal(number, self.before[number])                      # a second one ends at once
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def gradients(settings, run: Run, model, parts: list[dict], loss, scaler) -> tuple[float, float]:
+    """Fill .grad with the gradient of the mean over all targets of a step; (mean loss, targets).
+
+    Sums are accumulated and divided once, by the number of targets on all processes: unequal
+    micro-batches, and any number of processes, give the gradient of one large batch.
+    """
+    total, count, nominal = 0.0, 0, settings.tokens_per_step
+    for part in parts:
+        with run.autocast():
+            nats, targets = loss(model, to_device(part, run.device))
+        scaler.scale(nats / nominal).backward()
+        total, count = total + nats.detach(), count + targets
+    total, count = run.sum(float(total), float(count))
+    for parameter in model.parameters():
+        if parameter.requires_grad and run.world > 1:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+        if parameter.grad is not None:
+            parameter.grad.mul_(nominal / max(count, 1.0))
+    return total / max(count, 1.0), count
+
+
+def fit(settings: Settings, run: Run, model, batches, loss, *, validate, sample, save,
+        resumed: dict | None = None) -> dict:
+    """Train `model`; returns the last measures of `validate`.
+
+    batches(step) gives this process's micro-batches of a step; loss(model, batch) gives the summed
+    loss of one and the number of its targets. validate(model, last) gives a dict of measures, sample
+    (model) a text to show, and save(state) keeps what a resumed run needs.
+    """
+    optimizer, start = make_optimizer(settings, model), 0
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+        start = resumed["step"]
+        run.log(event="resume", step=start)
+    step_loss = compiled(settings, run, model, batches(start)[0], loss)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    skipped, saved, speeds, measures = 0, time.time(), [], {}
+
+    def keep(step):
+        save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+              "scaler": scaler.state_dict(), "step": step})
+    with Interrupt() as interrupt:
+        for step in range(start, settings.steps):
+            begun = time.perf_counter()
+            torch.manual_seed((settings.seed * 1_000_003 + step) * run.world + run.rank)
+            lr = learning_rate(settings, step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            mean, count = gradients(settings, run, model, batches(step), step_loss, scaler)
+            scaler.unscale_(optimizer)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.clip))
+            if math.isfinite(mean) and math.isfinite(norm):
+                scaler.step(optimizer)
+                skipped = 0
+            else:
+                skipped += 1
+                run.say(f"step {step + 1}: loss {mean:.4g}, gradient norm {norm:.4g}: skipped")
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - begun
+            speeds = [*speeds[-19:], seconds]
+            left = statistics.median(speeds) * (settings.steps - step - 1)
+            run.say(f"step {step + 1:>{len(str(settings.steps))}}/{settings.steps}  loss {mean:.4f}  lr {lr:.2e}  "
+                    f"norm {norm:.2f}  {count / seconds:,.0f} tokens/s  {clock(left)} left")
+            run.log(step=step + 1, loss=mean, lr=lr, norm=norm, tokens_per_s=count / seconds,
+                    seconds=time.time() - STARTED, peak_bytes=peak_bytes(run.device), skipped=skipped)
+            last = step + 1 == settings.steps
+            if skipped == 10:
+                raise ValueError(f"ten steps in a row had no finite loss or gradient: the last good state is "
+                                 f"that of step {step - 9}; try a lower --lr or --dtype float32")
+            if last or (step + 1) % settings.eval_every == 0:
+                measures = validate(model, last)
+                run.log(step=step + 1, **measures)
+                run.say("           validation: " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
+            if last or (step + 1) % settings.sample_every == 0:
+                run.say(sample(model))
+            stop = max(run.sum(interrupt.signal))
+            due, = run.sum(float(run.rank == 0 and time.time() - saved >= 60 * settings.save_minutes))
+            if last or stop or due:
+                keep(step + 1)
+                saved = time.time()
+            if stop:
+                run.say(f"stopped after step {step + 1}: go on with  python {Path(sys.argv[0]).name} --resume {run.out}")
+                raise SystemExit(128 + int(interrupt.signal or stop))
+    return measures
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+# ----------------------------------------------------------------------------------- run directory
+
+
+def make_run_directory(settings: Settings) -> Path:
+    """A new directory: the one asked for, if it holds nothing, or the next free out/MODEL-N."""
+    if settings.out:
+        out = Path(settings.out)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"--out {out} is not empty: --resume {out} goes on with a run, another "
+                             "--out starts a new one")
+        out.mkdir(parents=True, exist_ok=True)
+        return out
+    for number in range(1, 10**6):
+        out = Path("out", settings.model + (f"-{number}" if number > 1 else ""))
+        try:
+            out.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return out
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace a text file as a whole."""
+    Path(f"{path}.part").write_text(content, encoding="utf-8")
+    os.replace(f"{path}.part", path)
+
+
+def publish(model, tokenizer, settings: Settings, out: Path) -> None:
+    """Write what readers open: weights in the published layout, tokenizer, settings, picture."""
+    model.save_pretrained(out)
+    tokenizer.save(out, model_max_length=model.config.context)
+    write_text(out / "generation_config.json", json.dumps(
+        {"bos_token_id": model.config.bos_id, "eos_token_id": list(model.config.eos_ids) or None,
+         "pad_token_id": model.config.pad_id, "do_sample": True, "temperature": 0.8}, indent=2) + "\n")
+    write_settings(settings, out)
+    draw_log(out)
+
+
+def write_settings(settings: Settings, out: Path) -> None:
+    """settings.json: what `--settings FILE` repeats."""
+    values = {name: value for name, value in dataclasses.asdict(settings).items()
+              if name not in ("out", "resume", "settings")}
+    write_text(out / "settings.json", json.dumps(values, indent=2) + "\n")
+
+
+def save_resume(state: dict, settings: Settings, config, tokenizer, key: str, out: Path) -> None:
+    """Replace resume.pt, which is complete in itself: a kill at any moment leaves the old or the new."""
+    files = {name: data.decode("latin-1") for name, data in tokenizer.files().items()}
+    torch.save({**state, "settings": dataclasses.asdict(settings), "config": dataclasses.asdict(config),
+                "tokenizer": files, "chat_format": tokenizer.chat_format, "data": key}, out / "resume.pt.part")
+    os.replace(out / "resume.pt.part", out / "resume.pt")
+
+
+def load_resume(out: Path) -> dict:
+    """What save_resume wrote; ValueError or OSError of one line."""
+    if not (out / "resume.pt").exists():
+        raise FileNotFoundError(f"--resume {out}: no resume.pt there, nothing was saved yet")
+    return importlib.import_module("gpt").read_pickle(out / "resume.pt")
+
+
+def resume_settings(kind: type, saved: dict, asked: Settings, given: set[str], out: Path):
+    """The run's own settings; what was given beside --resume may not change the result."""
+    settings = kind(**saved)
+    for name in given - {"resume"}:
+        if name not in HARMLESS and getattr(asked, name) != getattr(settings, name):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(asked, name)} would change the result: "
+                             f"{out} was started with {getattr(settings, name)}")
+        setattr(settings, name, getattr(asked, name))
+    settings.resume, settings.out = str(out), str(out)
+    return settings
+
+
+def draw_log(out: Path) -> None:
+    """loss.png of the losses in log.jsonl, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    train = {e["step"]: e["loss"] for e in events if "loss" in e}
+    val = {e["step"]: e["val_loss"] for e in events if "val_loss" in e}
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(list(train), list(train.values()), lw=0.8, label="training")
+    axes.plot(list(val), list(val.values()), "o-", label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=out.name)
+    axes.legend()
+    figure.savefig(out / "loss.png.part", format="png", dpi=120)
+    pyplot.close(figure)
+    os.replace(out / "loss.png.part", out / "loss.png")
+
+
+def curve(losses: list[float], columns: int = 72, rows: int = 8) -> str:
+    """The losses as a curve of characters, for a terminal without pictures."""
+    parts = [part.mean() for part in np.array_split(losses, min(columns, len(losses)))]
+    low, high = min(parts), max(parts)
+    level = [round((p - low) / max(high - low, 1e-9) * (rows - 1)) for p in parts]
+    lines = ["".join("*" if at == row else " " for at in level) for row in reversed(range(rows))]
+    return "\n".join([f"{high:8.3f} |{lines[0]}", *(f"{'':8} |{line}" for line in lines[1:-1]), f"{low:8.3f} |{lines[-1]}"])
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def fill_defaults(settings: Settings, given: set[str]) -> None:
+    """Decide what was left open and does not need the data or the model."""
+    if settings.init_from:
+        found = identify(Path(settings.init_from))
+        if "model" in given and settings.model != found:
+            raise ValueError(f"--model {settings.model}: {settings.init_from} is {found}")
+        settings.model = found
+    shaped = {"layers", "width", "size"} & {name for name in given if getattr(settings, name, None)}
+    if (settings.init_from and shaped) or len(shaped & {"size", "layers"}) == 2 or shaped == {"size", "width"}:
+        raise ValueError("--init-from, --size and --layers --width each decide the sizes: give one of them")
+    if settings.vocab and (settings.tokenizer or settings.init_from):
+        raise ValueError("--vocab is for a new tokenizer: leave it out beside --tokenizer and --init-from")
+    own = not (settings.init_from or settings.size)
+    settings.layers, settings.width = (settings.layers or 4, settings.width or 256) if own else (None, None)
+    settings.vocab = settings.vocab or (None if settings.tokenizer or settings.init_from else 4096)
+    settings.context = settings.context or (256 if own else 1024)
+    settings.tokens_per_step = settings.tokens_per_step or (2048 if own else 16384)
+    if settings.lr is None:
+        settings.lr = 1e-4 if settings.init_from else 3e-3 * math.sqrt(256 / settings.width) if own else 6e-4
+    if settings.steps is None and settings.minutes is None:
+        settings.steps = 440
+
+
+def fill_schedule(settings: Settings, run: Run, model, batches, loss) -> None:
+    """Decide the number of steps, for --minutes by timing some, and what follows from it."""
+    if settings.minutes is not None and settings.steps is None:
+        parts = batches(0)
+        scaler = torch.amp.GradScaler(run.device.type, enabled=False)
+        seconds = []
+        for _ in range(4):
+            seconds.append(timed(lambda: gradients(settings, run, model, parts, loss, scaler)))
+            model.zero_grad(set_to_none=True)
+        each = run.sum(1.1 * statistics.median(seconds[1:]))[0] / run.world      # 1.1: the optimiser
+        left = run.sum(60 * settings.minutes - (time.time() - STARTED))[0] / run.world
+        settings.steps = max(1, int(0.9 * left / each))                          # 0.9: validation
+        run.say(f"time       {each:.2f} s a step: {settings.steps} steps in the {left:.0f} s that are left")
+    settings.warmup = settings.steps // 10 if settings.warmup is None else settings.warmup
+    settings.eval_every = settings.eval_every or max(1, settings.steps // 10)
+    settings.sample_every = settings.sample_every or max(1, settings.steps // 4)
+
+
+def train(settings: Settings, given: set[str]) -> None:
+    """The script: data, model, plan, loop."""
+    resumed = None
+    if settings.resume:
+        resumed = load_resume(Path(settings.resume))
+        settings = resume_settings(Settings, resumed["settings"], settings, given, Path(settings.resume))
+    else:
+        fill_defaults(settings, given)
+    run = start_run(settings)
+    corpus = prepare_corpus(settings, run, tokenizer_of(resumed) if resumed else None)
+    if resumed and corpus.key != resumed["data"]:
+        raise ValueError(f"--resume {settings.out}: the data have changed since it was started")
+    tokenizer = corpus.tokenizer
+    model_class, config, model = open_model(settings, tokenizer)
+    settings.context = min(settings.context, config.context or settings.context)
+    sequences = max(1, settings.tokens_per_step // settings.context)
+    plan_memory(settings, run, model_class, config, sequences, next_token_loss)
+    torch.manual_seed(settings.seed)
+    model = (model or model_class(config)).to(run.device).train()
+    if resumed:
+        model.load_state_dict(resumed["model"])
+    if settings.checkpoint_activations:
+        checkpoint_blocks(model)
+    run.say(f"model      {settings.model}, {sum(p.numel() for p in model.parameters()):,} parameters: {config}")
+
+    def check(model, last):
+        nats = validate(model, run, corpus.val, settings.context, tokenizer.end_id,
+                        len(corpus.val) if last else settings.eval_tokens)
+        bits = nats / math.log(2) * len(corpus.val) / corpus.val_bytes
+        return {"val_loss": nats, "bits_per_byte": bits} | (rivals if last else {})
+
+    def sample(model):
+        prompt = [tokenizer.end_id, *tokenizer.encode(settings.sample_prompt)]
+        model.eval()
+        room = (config.context or 10**6) - len(prompt)
+        [new] = model.generate([prompt], min(150, room), temperature=0.8, stop=[tokenizer.end_id], seed=0)
+        model.train()
+        return "--- sample ---\n" + settings.sample_prompt + tokenizer.decode(new) + "\n---"
+    rivals = compressed(corpus)
+    if settings.eval_only:
+        measures = check(model, True)
+        run.say("validation " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
+        return
+    batches = Batches(corpus.train, settings.context, sequences, settings.micro_batch, settings.seed, run)
+    tokens = settings.tokens_per_step = sequences * batches.context
+    fill_schedule(settings, run, model, batches, next_token_loss)
+    run.say(f"plan       {settings.steps} steps of {tokens} tokens ({settings.micro_batch} sequences of "
+            f"{batches.context} at once), {settings.steps * tokens / len(corpus.train):.2f} epochs, "
+            f"learning rate {settings.lr:.2g}")
+    run.say(f"to beat    gzip -9 {rivals['gzip']:.3f}, xz -9e {rivals['xz']:.3f} bits per byte of the held-out text")
+    if run.rank == 0:
+        run.out = Path(settings.out) if resumed else make_run_directory(settings)
+        settings.out = str(run.out)
+        run.say(f"run        {run.out}")
+        write_settings(settings, run.out)
+        tokenizer.save(run.out, model_max_length=config.context)
+
+    def save(state):
+        if run.rank == 0:
+            save_resume(state, settings, config, tokenizer, corpus.key, run.out)
+            publish(model, tokenizer, settings, run.out)
+    measures = fit(settings, run, model, batches, next_token_loss, validate=check, sample=sample,
+                   save=save, resumed=resumed)
+    if run.rank == 0:
+        finish(settings, run, measures)
+
+
+def tokenizer_of(resumed: dict):
+    """The tokenizer inside a resume.pt."""
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in resumed["tokenizer"].items():
+            Path(folder, name).write_bytes(content.encode("latin-1"))
+        tokenizer = text.load_tokenizer(folder)
+    tokenizer.chat_format = resumed["chat_format"]
+    return tokenizer
+
+
+def finish(settings: Settings, run: Run, measures: dict) -> None:
+    """Say how it ended and what to do with it."""
+    losses = {}
+    for line in (run.out / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        losses[event["step"]] = event.get("loss", losses.get(event["step"]))
+    if not (run.out / "loss.png").exists():
+        run.say(curve([loss for loss in losses.values() if loss is not None]))
+    run.say(f"\n{measures['bits_per_byte']:.3f} bits per byte of the held-out text; gzip -9 needs "
+            f"{measures['gzip']:.3f}, xz -9e {measures['xz']:.3f}")
+    module = MODELS[settings.model][0]
+    command = f"python {module}.py" if "." not in module else f"python -m {module}"
+    run.say(f"{clock(time.time() - STARTED)} in all, peak memory {peak_bytes(run.device) / 2**30:.2f} GB. "
+            f"Talk to it:  {command} {run.out} --prompt \"def \"")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python train.py`: a user's mistake is one line and exit status 2."""
+    settings, given = parse_settings(Settings, sys.argv[1:] if argv is None else argv, __doc__.split("\n")[0])
+    try:
+        train(settings, given)
+    except (ValueError, OSError) as error:
+        sys.exit(complain(f"train.py: {error}"))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(complain(f"train.py: out of memory: try {smaller(settings)}"))
+    except KeyboardInterrupt:
+        sys.exit(complain("train.py: stopped before the first step; nothing was lost", 130))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def complain(line: str, status: int = 2) -> int:
+    """Print one line on stderr; the exit status."""
+    print(line, file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    main()
