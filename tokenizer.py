@@ -302,8 +302,11 @@ class Tokenizer:
         Path(directory).mkdir(parents=True, exist_ok=True)
         for name, data in {**self.files(), "tokenizer_config.json": text.encode()}.items():
             temporary = Path(directory, f"{name}.{os.getpid()}.tmp")
-            temporary.write_bytes(data)
-            os.replace(temporary, Path(directory, name))
+            try:
+                temporary.write_bytes(data)
+                os.replace(temporary, Path(directory, name))
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def save_config(self) -> dict:
         return self.config
@@ -432,7 +435,7 @@ class World(Tokenizer):
     """RWKV World: of all tokens that fit the longest, from the left. Id 0, not in the file, ends text."""
 
     def __init__(self, data: bytes, name: str):
-        self._find, lengths = {}, collections.defaultdict(set)
+        self._find, lengths = {}, collections.defaultdict(set)  # first four bytes -> lengths to try
         for n, line in enumerate(data.rstrip().split(b"\n"), 1):
             try:
                 id, literal, length = re.fullmatch(r"(\d+) (.*) (\d+)\r?", line.decode()).groups()
@@ -443,11 +446,12 @@ class World(Tokenizer):
             except (ValueError, SyntaxError, AttributeError, TypeError):
                 raise ValueError(f"{name}, line {n}: not `id literal length`: {line[:60]!r}") from None
             self._find[token] = int(id)
-            lengths[token[:2]].add(len(token))
+            lengths[token[:4]].add(len(token))
         if not all(bytes([byte]) in self._find for byte in range(256)):
             raise ValueError(f"{name}: single bytes are missing in this vocabulary")
-        self._lengths = {start: (*sorted(all - {1}, reverse=True), 1) for start, all in lengths.items()}
-        super().__init__({id: token for token, id in self._find.items()}, {}, 0, None, "world", {name: data})
+        self._lengths = {start: (*sorted(sizes, reverse=True), 3, 2, 1) for start, sizes in lengths.items()}
+        tokens = {id: token for token, id in self._find.items()}
+        super().__init__(tokens, {}, 0, None, "world", {name: data})
         self.special_ids = {END: 0}  # its text stays U+FFFD, as in the official code
         self._blank = [id for token, id in self._find.items() if b"\n\n" in token]
 
@@ -456,9 +460,9 @@ class World(Tokenizer):
         return (0, *sorted(self._blank)) if self.chat_format == "world" else (0,)
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        find, lengths, ids, at = self._find, self._lengths, [], 0
-        while at < len(data):
-            for length in lengths.get(data[at:at + 2], (1,)):
+        find, lengths, ids, at, end = self._find, self._lengths, [], 0, len(data)
+        while at < end:
+            for length in lengths.get(data[at:at + 4], (3, 2, 1)):
                 id = find.get(data[at:at + length])
                 if id is not None:
                     break
@@ -618,7 +622,9 @@ def make_ranks(model: dict, skip, where) -> dict:
         merged = [id for id, text in zip(ids, order) if len(text) > 1]
         rising = merged == sorted(merged)
         ranks = {token[text]: id if rising else n for n, (id, text) in enumerate(zip(ids, order))}
-        return {"ranks": ranks or {}[where], "ids": None if rising else ids, "merges": merges}
+        if not ranks:
+            raise ValueError("it is empty")
+        return {"ranks": ranks, "ids": None if rising else ids, "merges": merges}
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} is no byte-level BPE vocabulary: {error!r}") from None
 
@@ -644,6 +650,9 @@ def download_gpt2() -> ByteBPE:
     return ByteBPE(ranks, GPT2_PATTERN, {END: bpe.eot_token}, bpe.eot_token)
 
 
+KEEPS_PIECES = (("Isolated", False), ("Removed", True))  # two ways to say the same of a Split
+
+
 def read_tokenizer_json(file, config, model) -> ByteBPE:
     """The format of Hugging Face's `tokenizers`, where it holds a byte-level BPE."""
     source = read_json(file)
@@ -652,6 +661,7 @@ def read_tokenizer_json(file, config, model) -> ByteBPE:
     pattern = split[0].get("pattern", {}).get("Regex") if split else GPT2_PATTERN
     if (level.get("type") != "ByteLevel" or level.get("add_prefix_space") or pattern is None
             or len(split) > 1 or bool(split) == level.get("use_regex", True)
+            or split and (split[0].get("behavior"), split[0].get("invert")) not in KEEPS_PIECES
             or (normalizer or {"type": "NFC"}).get("type") != "NFC"):
         raise ValueError(f"{file}: supported are byte-level BPE, one split pattern, and NFC or no normalizer")
     added = {t["content"]: t for t in source.get("added_tokens") or ()}
@@ -902,8 +912,8 @@ def pack(files, tokenizer: Tokenizer, directory, split_seed=0, workers=None, pro
     try:
         for split, ids in encode_all(batches(files, split_seed, stats), tokenizer, workers):
             writers[split].add(ids)
-            done, speed = sum(s["bytes"] for s in stats.values()), 1e-9 + time.time() - start
-            speed = done / speed
+            done = sum(s["bytes"] for s in stats.values())
+            speed = done / max(time.time() - start, 1e-9)
             show(f"packing: {done / 1e6:.0f} of {total / 1e6:.0f} MB, {speed / 1e6:.1f} MB/s, "
                  f"{max(total - done, 0) / speed:.0f} s left")
         if not any(s["documents"] for s in stats.values()):
@@ -1049,13 +1059,18 @@ def main():
         parser.error(f"--workers {args.workers}: at least 1")
     try:
         files = find_files(args.data)
-        texts = (text for split, text, *_ in split_documents(files, args.seed) if split == "train")
-        tokenizer = (load_tokenizer(args.tokenizer) if args.tokenizer
-                     else train_bpe(texts, (args.vocab or 4096) - 1))
+        if args.tokenizer:
+            tokenizer = load_tokenizer(args.tokenizer)
+        else:  # trained on about 64 MB, spread evenly
+            texts = (text for split, text, *_ in split_documents(files, args.seed) if split == "train")
+            step = 1 + sum(path.stat().st_size for _, path in files) // (64 << 20)
+            tokenizer = train_bpe(itertools.islice(texts, 0, None, step), (args.vocab or 4096) - 1)
         stats = pack(files, tokenizer, args.out, args.seed, args.workers, progress=True)
         tokenizer.save(args.out)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "\ninterrupted: nothing was written\n")
     for split, s in stats.items():
         print(f"{split}: {s['documents']} documents, {s['bytes']:,} bytes, {s['tokens']:,} tokens, "
               f"{s['invalid']} invalid UTF-8 sequences, {s['empty']} empty documents")
