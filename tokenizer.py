@@ -14,8 +14,8 @@ As a command it turns text into train.bin and val.bin, and saves the tokenizer b
     python tokenizer.py book.txt src/ 'more/*.jsonl' --out data --vocab 8192
 
 Sources: GPT-2's encoder.py; tiktoken; Meta's llama3 tokenizer.py and llama-models chat_format.py;
-tokenization_chatglm.py of chatglm3-6b and glm-4-9b-chat; RWKV's TRIE_TOKENIZER; rustbpe (the order of
-merges in training); Stanford Alpaca (its prompt).
+tokenization_chatglm.py of chatglm3-6b and glm-4-9b-chat; RWKV's TRIE_TOKENIZER; rustbpe (the order
+of merges in training); Stanford Alpaca (its prompt).
 """
 import argparse
 import ast
@@ -65,11 +65,11 @@ def clean(text: str) -> str:
 
 
 # ---- chat formats --------------------------------------------------------------------------------
-# Each yields (role, head, body) in ids. The body of an assistant's turn is what the model writes: it
-# includes the id that ends the turn, which is how fine-tuning learns to stop.
+# Each yields (role, head, body) in ids. The body of an assistant's turn is what the model writes,
+# with the id that ends the turn, which is how fine-tuning learns to stop.
 
 def llama_chat(tokenizer, messages, strip):
-    """Meta's ChatFormat. Llama 3 strips contents, 3.1 does not and ends a turn that calls in eom."""
+    """Meta's ChatFormat. Llama 3 strips contents; 3.1 does not, and ends calls in eom."""
     special, encode = tokenizer.special_ids, tokenizer.encode
     for message, following in zip(messages, [*messages[1:], {}]):
         role = "ipython" if message["role"] == "tool" else message["role"]
@@ -84,7 +84,7 @@ def llama_chat(tokenizer, messages, strip):
 
 
 def glm_turns(tokenizer, turns):
-    """turns: [(role, metadata line, text)]. GLM has no end of turn: the next role's id ends a reply."""
+    """turns: [(role, metadata line, text)]. A reply ends with the id of the next role."""
     role_id, before = {role: tokenizer.special_ids[f"<|{role}|>"] for role in GLM_ROLES}, None
     for (role, line, text), (following, *_) in zip(turns, [*turns[1:], ("user",)]):
         yield (role, [] if before == "assistant" else [role_id[role]], tokenizer.encode(line)
@@ -104,22 +104,27 @@ GLM4_CALL = "在调用上述函数时，请使用 Json 格式表示调用的参�
 GLM4_PERSONA = ("你是一个名为 ChatGLM 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
                 "你的任务是针对用户的问题和要求提供适当的答复和支持。\n\n# 可用工具")
 GLM4_TOOLS = {  # the published template's words for the built-in tools
-    "python": """当你向 `python` 发送包含 Python 代码的消息时，该代码将会在一个有状态的 Jupyter notebook 环境中执行。
+    "python": """当你向 `python` 发送包含 Python 代码的消息时，\
+该代码将会在一个有状态的 Jupyter notebook 环境中执行。
 `python` 返回代码执行的输出，或在执行 60 秒后返回超时。
-`/mnt/data` 将会持久化存储你的文件。在此会话中，`python` 无法访问互联网。不要使用 `python` 进行任何网络请求或者在线 API 调用，\
-这些在线内容的访问将不会成功。""",
+`/mnt/data` 将会持久化存储你的文件。在此会话中，`python` 无法访问互联网。\
+不要使用 `python` 进行任何网络请求或者在线 API 调用，这些在线内容的访问将不会成功。""",
     "simple_browser": """你可以使用 `simple_browser` 工具。该工具支持以下函数：
-`search(query: str, recency_days: int)`：使用搜索引擎进行查询并显示结果，可以使用 `recency_days` 参数控制搜索内容的时效性。
-`mclick(ids: list[int])`：获取一系列指定 id 的页面内容。每次调用时，须选择3-10个页面。选择多个角度的页面，\
-同时尽可能选择可信任的信息来源。考虑到部分页面是无法加载的，你也可以多打开一些可能有用的页面而不用担心内容过多。
+`search(query: str, recency_days: int)`：使用搜索引擎进行查询并显示结果，\
+可以使用 `recency_days` 参数控制搜索内容的时效性。
+`mclick(ids: list[int])`：获取一系列指定 id 的页面内容。每次调用时，须选择3-10个页面。\
+选择多个角度的页面，同时尽可能选择可信任的信息来源。考虑到部分页面是无法加载的，\
+你也可以多打开一些可能有用的页面而不用担心内容过多。
 `open_url(url: str)`：打开指定的 URL。\n
 使用 `【{引用 id}†{引用文本}】` 来引用内容。\n
-操作步骤：1. 使用 `search` 来获得信息列表; 2. 使用 `mclick` 来获取指定 ID 页面的内容; 3. 根据获得的内容进行回复。\
-在回复中应当引用信息来源。\n 如果用户提供了 URL，也可以用 `open_url` 直接打开页面。
+操作步骤：1. 使用 `search` 来获得信息列表; 2. 使用 `mclick` 来获取指定 ID 页面的内容; \
+3. 根据获得的内容进行回复。在回复中应当引用信息来源。\n 如果用户提供了 URL，也可以用 `open_url` 直接打开页面。
 如果初次搜索结果没有找到合适的信息，也可以再次使用 `search` 进行搜索。""",
     "cogview": """如果用户的请求中包含了对图像的描述，你可以使用 `cogview` 来生成图像并展示给用户。\
-你需要向 `cogview` 发送图像描述，规则：\n- 发送给 `cogview` 的消息必须使用英语。用户的中文描述必须完全翻译为英语。
-- 应当尽可能详细地描述图像生成的需求，需求描述约 100 英文单词。\n- 保持用户原始描述的意图。不要虚构内容或者没见过的人物。
+你需要向 `cogview` 发送图像描述，规则：
+- 发送给 `cogview` 的消息必须使用英语。用户的中文描述必须完全翻译为英语。
+- 应当尽可能详细地描述图像生成的需求，需求描述约 100 英文单词。
+- 保持用户原始描述的意图。不要虚构内容或者没见过的人物。
 - 如无特殊说明，所在地为中国，持有中国立场并遵循中国社会主义价值观。"""}
 
 
@@ -127,7 +132,7 @@ def glm4_tool(tool):
     """A tool as the template of July 2024 prints it: keys sorted, all but ASCII escaped."""
     if tool.get("type") != "function":
         if tool.get("type") not in GLM4_TOOLS:
-            raise ValueError(f"tool {tool!r:.80}: GLM-4 has the types function, {', '.join(GLM4_TOOLS)}")
+            raise ValueError(f"tool {tool!r:.80}: known are function, {', '.join(GLM4_TOOLS)}")
         return f"\n## {tool['type']}\n\n{GLM4_TOOLS[tool['type']]}"
     text = json.dumps(tool["function"], indent=4, sort_keys=True)
     text = re.sub("[<>&']", lambda found: f"\\u{ord(found[0]):04x}", text)  # jinja's tojson
@@ -151,7 +156,8 @@ def glm4_0414_chat(tokenizer, messages):
     turns = [("system", "\n", "# 可用工具\n" + "\n".join(
         f"\n## {tool['name']}\n\n{json.dumps(tool, indent=4, ensure_ascii=False)}\n{GLM4_CALL}"
         for tool in tools))] if tools else []
-    turns += [("system", "\n", m["content"]) for m in messages if m["role"] == "system" and m["content"]]
+    turns += [("system", "\n", m["content"]) for m in messages
+              if m["role"] == "system" and m["content"]]
     for m in messages:
         text = m["content"].strip()
         if m["role"] == "assistant" and m is not messages[-1]:
@@ -162,7 +168,7 @@ def glm4_0414_chat(tokenizer, messages):
 
 
 def world_chat(tokenizer, messages):
-    """RWKV World: a blank line ends a turn, so none may stand inside; no space after the last colon."""
+    """RWKV World: a blank line ends a turn, so none may stand inside."""
     for message in messages:
         text = re.sub(r"\n+", "\n", message["content"].replace("\r\n", "\n").strip())
         role, body = message["role"].capitalize() + ":", f" {text}\n\n" if text else "\n\n"
@@ -173,14 +179,15 @@ def world_chat(tokenizer, messages):
 
 
 def alpaca_chat(tokenizer, messages):
-    """Stanford Alpaca's prompt, for models without a format of their own; turns are concatenated."""
+    """Stanford Alpaca's prompt, for models without a format of their own; turns just follow."""
     for message in messages:
         text, context = message["content"], message.get("input")
         if message["role"] == "user":
             text = ("Below is an instruction that describes a task"
                     + (", paired with an input that provides further context" if context else "")
-                    + ". Write a response that appropriately completes the request.\n\n### Instruction:\n"
-                    + text + (f"\n\n### Input:\n{context}" if context else "") + "\n\n### Response:")
+                    + ". Write a response that appropriately completes the request.\n\n"
+                    + f"### Instruction:\n{text}\n\n"
+                    + (f"### Input:\n{context}\n\n" if context else "") + "### Response:")
         elif message["role"] == "system":
             text += "\n\n"
         end = [tokenizer.end_id] if message["role"] == "assistant" else []
@@ -205,7 +212,7 @@ CHAT_FORMATS = {  # name: (function, roles, further keys of a message, a special
 class Tokenizer:
     """What all vocabularies share.
 
-    special_ids  name -> id of the control tokens      vocab_size   highest id + 1, specials included
+    special_ids  name -> id of control tokens          vocab_size   highest id + 1, with specials
     end_id       ends a document                       bos_id       begins every text, or None
     stop_ids     end a turn or a text                  prefix_ids   begin every text (GLM has two)
     chat_format  a name in CHAT_FORMATS or None; may be set
@@ -230,7 +237,8 @@ class Tokenizer:
         if name is not None and name not in CHAT_FORMATS:
             raise ValueError(f"chat format {name!r}: known are {', '.join(CHAT_FORMATS)} and None")
         if name and CHAT_FORMATS[name][3] not in (None, *self.special_ids):
-            raise ValueError(f"chat format {name!r} needs {CHAT_FORMATS[name][3]}: not in this vocabulary")
+            raise ValueError(f"chat format {name!r} needs {CHAT_FORMATS[name][3]}, which this "
+                             "vocabulary lacks")
         self._chat_format = name
 
     @property
@@ -253,27 +261,30 @@ class Tokenizer:
     def chat_parts(self, messages: list[dict]) -> list[tuple[list[int], bool]]:
         """[(ids, is_reply), ...] of [{"role", "content"}, ...] in the model's own chat format.
 
-        Ends where the assistant begins to speak, or with the id that ends its turn if the last message
-        is its own; so the parts of a conversation stay the first parts of what it becomes.
+        Ends where the assistant begins to speak, or with the id that ends its turn if the last
+        message is its own; so these parts stay the first parts of what the conversation becomes.
         ValueError: no chat format, or a message with a role or key that the format does not know.
         """
         if self.chat_format is None:
-            raise ValueError("this tokenizer has no chat format: set tokenizer.chat_format to one of "
-                             + ", ".join(CHAT_FORMATS))
+            raise ValueError("this tokenizer has no chat format: set tokenizer.chat_format to one "
+                             f"of {', '.join(CHAT_FORMATS)}")
         render, roles, keys, _ = CHAT_FORMATS[self.chat_format]
         for n, m in enumerate(messages):
-            if (not isinstance(m, dict) or not isinstance(m.get("content"), str) or m.get("role") not in roles
+            if (not isinstance(m, dict) or not isinstance(m.get("content"), str)
+                    or m.get("role") not in roles
                     or any(m[key] and key not in ("role", "content", *keys) for key in m)):
-                raise ValueError(f"message {n} of {self.chat_format} needs a role ({', '.join(roles)}) and a "
-                                 f"text as content{', may have ' * bool(keys)}{', '.join(keys)}: {m!r:.150}")
+                raise ValueError(f"message {n} needs a role ({', '.join(roles)}) and content (text)"
+                                 f"{' and may have ' * bool(keys)}{', '.join(keys)} in the chat format"
+                                 f" {self.chat_format}: {m!r:.150}")
         if not messages:
             raise ValueError("a conversation needs at least one message")
         speaks = messages[-1]["role"] != "assistant"
-        turns = render(self, [*messages, {"role": "assistant", "content": ""}] if speaks else messages)
+        reply = [{"role": "assistant", "content": ""}] * speaks
         parts = [(list(self.prefix_ids), False)]
-        for role, head, body in turns:
-            parts += [(head, False), (body, True)] if role == "assistant" else [(head + body, False)]
-        return [(ids, reply) for ids, reply in (parts[:-1] if speaks else parts) if ids]
+        for role, head, body in render(self, [*messages, *reply]):
+            is_reply = role == "assistant"
+            parts += [(head, False), (body, True)] if is_reply else [(head + body, False)]
+        return [part for part in (parts[:-1] if speaks else parts) if part[0]]
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """The ids of a conversation: the parts of `chat_parts` one after another."""
@@ -342,9 +353,9 @@ class ByteBPE(Tokenizer):
     added    text -> id of added tokens that are *not* special: they are found in text
 
     tiktoken looks a whole piece up before it merges, as Llama 3 needs: 588 of its tokens cannot be
-    reached by merging. Meta's code also cuts texts of 400,000 characters and runs of 25,000 spaces or
-    non-spaces, which changes ids there. We do not, like transformers: so a text packed in parts has
-    the ids of the whole.
+    reached by merging. Meta's code also cuts texts of 400,000 characters and runs of 25,000 spaces
+    or non-spaces, which changes ids there. We do not, like transformers: so a text packed in parts
+    has the ids of the whole.
     """
 
     RUN = 50_000  # characters: endless white space overflows the stack of tiktoken's regex engine
@@ -355,10 +366,11 @@ class ByteBPE(Tokenizer):
         self._added, self._nfc = added or {}, nfc
         words = sorted(self._added, key=len, reverse=True)  # the longest that begins here wins
         self._find_added = re.compile("|".join(map(re.escape, words))) if words else None
-        self._bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self._bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks,
+                                      special_tokens={})
         tokens = {ids[rank] if ids else rank: token for token, rank in ranks.items()}
-        super().__init__(tokens | {id: text.encode() for text, id in self._added.items()}, special_ids,
-                         end_id, bos_id, chat_format, files)
+        tokens |= {id: text.encode() for text, id in self._added.items()}
+        super().__init__(tokens, special_ids, end_id, bos_id, chat_format, files)
 
     def _encode(self, text):
         ids, start = [], 0
@@ -399,7 +411,8 @@ class ByteBPE(Tokenizer):
         merges = self._all_merges() if self._merges is None else self._merges
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-        split = dict(type="Split", pattern={"Regex": self._pattern}, behavior="Isolated", invert=False)
+        split = dict(type="Split", pattern={"Regex": self._pattern}, behavior="Isolated",
+                     invert=False)
         data = dict(
             version="1.0", truncation=None, padding=None, normalizer=None, decoder=level,
             added_tokens=[dict(id=id, content=name, **flags, special=True)
@@ -414,7 +427,7 @@ class ByteBPE(Tokenizer):
 
     def save_config(self):
         name = {id: name for name, id in self.special_ids.items()}
-        bos = name.get(self.bos_id if self.prefix_ids else self.end_id)  # like GPT-2, where none begins
+        bos = name.get(self.bos_id if self.prefix_ids else self.end_id)  # the latter like GPT-2
         kept = {key: self.config[key] for key in ("chat_template",) if key in self.config}
         return {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name.get(self.end_id),
                 "bos_token": bos, "clean_up_tokenization_spaces": False, **kept}
@@ -432,7 +445,7 @@ class Bytes(ByteBPE):
 
 
 class World(Tokenizer):
-    """RWKV World: of all tokens that fit the longest, from the left. Id 0, not in the file, ends text."""
+    """RWKV World: the longest token that fits, from the left. Id 0, not in the file, ends text."""
 
     def __init__(self, data: bytes, name: str):
         self._find, lengths = {}, collections.defaultdict(set)  # first four bytes -> lengths to try
@@ -444,12 +457,14 @@ class World(Tokenizer):
                 if len(token) != int(length):
                     raise ValueError
             except (ValueError, SyntaxError, AttributeError, TypeError):
-                raise ValueError(f"{name}, line {n}: not `id literal length`: {line[:60]!r}") from None
+                raise ValueError(f"{name}, line {n}: not `id literal length`: {line[:60]!r}"
+                                 ) from None
             self._find[token] = int(id)
             lengths[token[:4]].add(len(token))
         if not all(bytes([byte]) in self._find for byte in range(256)):
             raise ValueError(f"{name}: single bytes are missing in this vocabulary")
-        self._lengths = {start: (*sorted(sizes, reverse=True), 3, 2, 1) for start, sizes in lengths.items()}
+        self._lengths = {start: (*sorted(sizes, reverse=True), 3, 2, 1)
+                         for start, sizes in lengths.items()}
         tokens = {id: token for token, id in self._find.items()}
         super().__init__(tokens, {}, 0, None, "world", {name: data})
         self.special_ids = {END: 0}  # its text stays U+FFFD, as in the official code
@@ -475,8 +490,8 @@ class World(Tokenizer):
 
 
 class SentencePiece(Tokenizer):
-    """ChatGLM3: SentencePiece BPE with nine control tokens after it. Each text that is encoded gets a
-    "▁" (a space) in front, which decoding takes away. "▁" itself decodes to a space."""
+    """ChatGLM3: SentencePiece BPE with nine control tokens after it. Each text that is encoded gets
+    a "▁" (a space) in front, which decoding takes away. "▁" itself decodes to a space."""
 
     def __init__(self, data: bytes, name: str):
         try:
@@ -485,21 +500,23 @@ class SentencePiece(Tokenizer):
         except ImportError:
             raise ImportError(f"{name} needs the package: pip install sentencepiece") from None
         except RuntimeError:
-            raise ValueError(f"{name} is neither a tiktoken nor a SentencePiece vocabulary") from None
+            raise ValueError(f"{name} is neither tiktoken's nor SentencePiece's format") from None
         tokens = {}
         for id in range(model.get_piece_size()):
             piece = model.id_to_piece(id)
             tokens[id] = (bytes([int(piece[3:5], 16)]) if model.is_byte(id)
                           else b"" if model.is_control(id) or model.is_unknown(id)
                           else piece.replace("▁", " ").encode())
-        names = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *(f"<|{role}|>" for role in GLM_ROLES))
+        names = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *(f"<|{r}|>" for r in GLM_ROLES))
         specials = {name: len(tokens) + n for n, name in enumerate(names)}
-        super().__init__(tokens, specials, model.eos_id(), None, "chatglm3", {"tokenizer.model": data})
+        super().__init__(tokens, specials, model.eos_id(), None, "chatglm3",
+                         {"tokenizer.model": data})
 
     def encode(self, text):
         return self._model.encode(clean(text))
 
-    def encode_part(self, text, begins=True, ends=True):  # a newline is a byte: nothing merges over it
+    def encode_part(self, text, begins=True, ends=True):
+        # A newline is a byte here: nothing merges across it.
         return self.encode(text) if begins else self.encode("\n" + text)[len(self.encode("\n")):]
 
     def to_bytes(self, ids, start=True):
@@ -516,6 +533,7 @@ FILES = {  # in the order they are looked for: file name -> the kinds of tokeniz
     "vocab.json": ("gpt2",), "encoder.json": ("gpt2",),
     "rwkv_vocab_*.txt": ("world",), "20B_tokenizer.json": ("20B",)}
 PAIRS = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
+VOCAB_OF = {merges: vocab for vocab, merges in PAIRS.items()}
 SAME = ("tokenizer.json", "tokenizer.model", *PAIRS)  # one vocabulary spelled in several ways
 
 
@@ -523,7 +541,7 @@ def load_tokenizer(path_or_name, kind: str | None = None) -> Tokenizer:
     """The tokenizer in a folder (of a checkpoint or a run) or file, or "bytes", or "gpt2".
 
     kind, where files leave it open: tokenizer.json, gpt2, llama3, llama3.1, glm4, glm4-0414,
-    chatglm3, world, 20B. ValueError or OSError of one line: nothing found, several kinds, bad files.
+    chatglm3, world, 20B. ValueError or OSError of one line: nothing or several kinds, bad files.
     """
     path = Path(path_or_name)
     if not path.exists():
@@ -535,8 +553,8 @@ def load_tokenizer(path_or_name, kind: str | None = None) -> Tokenizer:
     folder, file = (path, find_vocabulary(path, kind)) if path.is_dir() else (path.parent, path)
     config = read_json(folder / "tokenizer_config.json")
     model = read_json(folder / "config.json") | read_json(folder / "params.json")
-    if file.name in (*PAIRS, *PAIRS.values()):
-        tokenizer = read_gpt2(next(file.with_name(v) for v, m in PAIRS.items() if file.name in (v, m)))
+    if file.name in (*PAIRS, *VOCAB_OF):
+        tokenizer = read_gpt2(file.with_name(VOCAB_OF.get(file.name, file.name)))
     elif file.suffix == ".json":
         tokenizer = read_tokenizer_json(file, config, model)
     elif file.suffix == ".txt":
@@ -546,7 +564,8 @@ def load_tokenizer(path_or_name, kind: str | None = None) -> Tokenizer:
     else:
         tokenizer = SentencePiece(file.read_bytes(), file.name)
     tokenizer.config = config
-    tokenizer.chat_format = kind if kind in CHAT_FORMATS else config.get("chat_format", tokenizer.chat_format)
+    chat = config.get("chat_format", tokenizer.chat_format)
+    tokenizer.chat_format = kind if kind in CHAT_FORMATS else chat
     return tokenizer
 
 
@@ -563,15 +582,15 @@ def find_vocabulary(folder: Path, kind: str | None) -> Path:
     known = sorted({k for kinds in FILES.values() for k in kinds})
     if kind not in (None, *known):
         raise ValueError(f"kind {kind!r}: known are {', '.join(known)}")
-    found = [(file, kinds) for pattern, kinds in FILES.items() for file in sorted(folder.glob(pattern))
-             if kind is None or kind in kinds]
+    found = [(file, kinds) for name, kinds in FILES.items() if kind is None or kind in kinds
+             for file in sorted(folder.glob(name))]
     found = [f for n, f in enumerate(found) if n == 0 or f[0].name not in SAME]
     if not found:
         raise ValueError(f"{folder}: no vocabulary{f' of kind {kind}' if kind else ''} (looked for "
                          f"{', '.join(FILES)}); 'bytes' needs none")
     if len(found) > 1:
-        raise ValueError(f"{folder} holds {', '.join(f.name for f, _ in found)}: pass one of them as path, or "
-                         f"kind={' or '.join(repr(kinds[0]) for _, kinds in found)}")
+        raise ValueError(f"{folder} holds {', '.join(f.name for f, _ in found)}: pass one of them as "
+                         f"path, or kind={' or '.join(repr(kinds[0]) for _, kinds in found)}")
     return found[0][0]
 
 
@@ -580,12 +599,12 @@ def glm4_kind(model) -> str:
 
 
 def read_tiktoken(file, kind, config, model) -> ByteBPE:
-    """Lines "base64(token) rank". The control tokens are not in the file: they depend on the model."""
+    """Lines "base64(token) rank". The control tokens are not in it: they depend on the model."""
     try:
         ranks = {base64.b64decode(token, validate=True): int(rank)
                  for token, rank in map(bytes.split, file.read_bytes().splitlines())}
     except ValueError:
-        raise ValueError(f"{file} is not a tiktoken vocabulary: a line is not `base64 rank`") from None
+        raise ValueError(f"{file} is no tiktoken vocabulary: a line is not `base64 rank`") from None
     if kind not in ("llama3", "llama3.1", "glm4", "glm4-0414"):
         named = [model.get("model_type"), config.get("tokenizer_class"), config.get("auto_map")]
         rope = model.get("rope_scaling") or model.get("rope_parameters") or {}
@@ -593,14 +612,18 @@ def read_tiktoken(file, kind, config, model) -> ByteBPE:
         kind = (glm4_kind(model) if "glm" in str(named).lower()
                 else "llama3.1" if scaled or model.get("use_scaled_rope") else "llama3")
     if kind.startswith("glm4"):
-        names = [END, "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", *(f"<|{r}|>" for r in GLM_ROLES),
-                 "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"]
+        names = [END, "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>",
+                 *(f"<|{role}|>" for role in GLM_ROLES), "<|begin_of_image|>", "<|end_of_image|>",
+                 "<|begin_of_video|>", "<|end_of_video|>"]
     else:
-        fixed = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
+        named = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id",
+                 9: "eot_id"}
         if kind == "llama3.1":  # five that were reserved; the numbers of the others move up
-            fixed |= {4: "finetune_right_pad_id", 5: "step_id", 8: "eom_id", 10: "python_tag", 11: "image"}
+            named |= {4: "finetune_right_pad_id", 5: "step_id", 8: "eom_id", 10: "python_tag",
+                      11: "image"}
         number = itertools.count()
-        names = [f"<|{fixed.get(n) or f'reserved_special_token_{next(number)}'}|>" for n in range(256)]
+        names = [f"<|{named.get(n) or f'reserved_special_token_{next(number)}'}|>"
+                 for n in range(256)]
     special = {name: len(ranks) + n for n, name in enumerate(names)}
     return ByteBPE(ranks, LLAMA3_PATTERN, special, special.get("<|end_of_text|>", special.get(END)),
                    special.get("<|begin_of_text|>"), kind)
@@ -616,7 +639,7 @@ def make_ranks(model: dict, skip, where) -> dict:
         vocab = {text: id for text, id in model["vocab"].items() if text not in skip}
         token = {text: bytes(map(BYTE_OF.__getitem__, text)) for text in vocab}
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        order = dict.fromkeys([text for text in vocab if len(text) == 1] + [a + b for a, b in pairs])
+        order = dict.fromkeys([t for t in vocab if len(t) == 1] + [a + b for a, b in pairs])
         order = list(order | dict.fromkeys(vocab if model.get("ignore_merges") else ()))
         ids, merges = [vocab[text] for text in order], [(token[a], token[b]) for a, b in pairs]
         merged = [id for id, text in zip(ids, order) if len(text) > 1]
@@ -644,8 +667,8 @@ def download_gpt2() -> ByteBPE:
     try:
         bpe = tiktoken.get_encoding("gpt2")
     except OSError as error:
-        raise OSError(f"cannot download GPT-2's vocabulary ({type(error).__name__}): put vocab.bpe and "
-                      "encoder.json in a folder and pass that folder") from None
+        raise OSError(f"cannot download GPT-2's vocabulary ({type(error).__name__}): put vocab.bpe "
+                      "and encoder.json in a folder and pass that folder") from None
     ranks = {bpe.decode_single_token_bytes(id): id for id in range(bpe.eot_token)}
     return ByteBPE(ranks, GPT2_PATTERN, {END: bpe.eot_token}, bpe.eot_token)
 
@@ -663,12 +686,13 @@ def read_tokenizer_json(file, config, model) -> ByteBPE:
             or len(split) > 1 or bool(split) == level.get("use_regex", True)
             or split and (split[0].get("behavior"), split[0].get("invert")) not in KEEPS_PIECES
             or (normalizer or {"type": "NFC"}).get("type") != "NFC"):
-        raise ValueError(f"{file}: supported are byte-level BPE, one split pattern, and NFC or no normalizer")
+        raise ValueError(f"{file}: not byte-level BPE with one split pattern and no normalizer but NFC")
     added = {t["content"]: t for t in source.get("added_tokens") or ()}
     special = {text: t["id"] for text, t in added.items() if t.get("special")}
     plain = {text: t["id"] for text, t in added.items() if not t.get("special")}
     parts = make_ranks(source.get("model") or {}, added, file)
-    if parts["ranks"] == {bytes([b]): b for b in range(256)} and special == {END: 256} and not plain:
+    only_bytes = parts["ranks"] == {bytes([byte]): byte for byte in range(256)}
+    if only_bytes and special == {END: 256} and not plain:
         return Bytes()
 
     def named(key):
@@ -678,9 +702,9 @@ def read_tokenizer_json(file, config, model) -> ByteBPE:
     bos = special.get("<|begin_of_text|>", named("bos_token"))
     chat = (glm4_kind(model) if "<sop>" in special else "llama3.1" if "<|eom_id|>" in special
             else "llama3" if "<|eot_id|>" in special else None)
-    tokenizer = ByteBPE(pattern=pattern, special_ids=special, end_id=end, bos_id=None if bos == end else bos,
-                        chat_format=chat, added=plain, nfc=bool(normalizer), **parts,
-                        files={"tokenizer.json": file.read_bytes()})
+    tokenizer = ByteBPE(pattern=pattern, special_ids=special, end_id=end, chat_format=chat,
+                        bos_id=None if bos == end else bos, added=plain, nfc=bool(normalizer),
+                        files={"tokenizer.json": file.read_bytes()}, **parts)
     tokenizer.turn_ids |= {named("eos_token")} - {None}
     return tokenizer
 
@@ -690,14 +714,15 @@ def read_tokenizer_json(file, config, model) -> ByteBPE:
 def train_bpe(texts, vocab_size: int, *, pattern=GPT4_PATTERN, progress=False) -> ByteBPE:
     """Byte-level BPE from an iterable of texts: vocab_size - 256 merges and then <|endoftext|>.
 
-    Again and again the most frequent pair of neighbours becomes a token; of equally frequent pairs the
-    one with the smallest ids. Counts are kept up to date over the distinct pieces of the texts, so a
-    merge costs only the pieces it touches. Stops early, and says so, when nothing is left.
+    Again and again the most frequent pair of neighbours becomes a token; of equally frequent pairs
+    the one with the smallest ids. Counts are kept up to date over the distinct pieces of the texts,
+    so a merge costs only the pieces it touches. Stops early, and says so, when nothing is left.
     """
     import regex  # tiktoken depends on it; Python's re knows no \p{L}
     if vocab_size < 256:
         raise ValueError(f"vocab_size {vocab_size}: the 256 bytes alone need 256")
-    show, split, frequency = Progress(progress), regex.compile(pattern).findall, collections.Counter()
+    show, split = Progress(progress), regex.compile(pattern).findall
+    frequency = collections.Counter()
     for n, text in enumerate(texts, 1):
         frequency.update(split(clean(text)))
         show(f"counting: {n} texts, {len(frequency)} distinct pieces")
@@ -734,7 +759,7 @@ def train_bpe(texts, vocab_size: int, *, pattern=GPT4_PATTERN, progress=False) -
 
 
 def merge_word(word, pair, new, weight, changes, n, places):
-    """Replaces pair by new in word n, which stands weight times in the texts, and notes the changes."""
+    """Replaces pair by new in word n, which occurs weight times, and notes what changes."""
     for old in zip(word, word[1:]):
         changes[old] -= weight
     at = 0
@@ -770,18 +795,23 @@ HOLD = 16 * PIECE  # characters kept while there is no place to cut
 def find_files(data: list[str]) -> list[tuple[str, Path]]:
     """[(name, path), ...] sorted by name: the files that data (files, folders, globs) means.
 
-    Names are relative to the folder, with forward slashes; what is held out depends on them. A named
-    file is always taken; in folders and globs hidden and binary files (a NUL byte in the first 8 KB)
-    are left out. ValueError: an input that gives nothing.
+    Names are relative to the folder, with forward slashes; what is held out depends on them. A
+    named file is always taken; in folders hidden ones are left out, in folders and globs binary ones
+    (a NUL byte in the first 8 KB). ValueError: an input that gives nothing.
     """
     found = {}
     for entry in map(str, data):
         root = Path(entry)
-        paths = root.rglob("*") if root.is_dir() else map(Path, glob.glob(entry, recursive=True))
-        here = [(root.name, root)] if root.is_file() else [
-            (name, path) for path in paths if path.is_file() and not is_binary(path)
-            for name in [(path.relative_to(root) if root.is_dir() else path).as_posix()]
-            if not any(part[0] == "." and part != ".." for part in name.split("/") if part)]
+        if root.is_file():
+            here = [(root.name, root)]
+        elif root.is_dir():
+            names = ((path.relative_to(root), path) for path in root.rglob("*"))
+            here = [(name.as_posix(), path) for name, path in names if path.is_file()
+                    and not any(part[0] == "." for part in name.parts) and not is_binary(path)]
+        else:
+            paths = map(Path, glob.glob(entry, recursive=True))
+            here = [(path.as_posix(), path) for path in paths
+                    if path.is_file() and not is_binary(path)]
         if not here:
             raise ValueError(f"{entry}: no text files in this folder" if root.is_dir() else
                              f"{entry}: no such file or folder, and no file that matches")
@@ -799,15 +829,16 @@ def is_binary(path: Path) -> bool:
 def read_documents(path: Path, name: str):
     """Yields (document name, text, invalid UTF-8 sequences replaced).
 
-    A .jsonl has a document a line, under "text", named name:line. Any other file is one document, in
-    pieces of a few MB under the same name, so it may be larger than memory. They are cut after a
+    A .jsonl has a document a line, under "text", named name:line. Any other file is one document,
+    in pieces of a few MB under the same name, so it may be larger than memory. They are cut after a
     newline before a non-space, where `encode_part` gives the very ids of the whole (if there is no
     such place in 32 M characters, anywhere: a token may differ there).
     """
     if path.suffix == ".jsonl":
         yield from read_jsonl(path, name)
         return
-    decoder, held, tail, invalid, first = codecs.getincrementaldecoder("utf-8")("replace"), "", b"", 0, True
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    held, tail, invalid, first = "", b"", 0, True
     with open(path, "rb") as file:
         while first or held or data:
             data = file.read(PIECE)
@@ -868,8 +899,8 @@ def splits_by_document(files, seed) -> bool:
 def split_documents(files, seed=0):
     """Yields (split, text, begins, ends, invalid) for the pieces of all documents, in order.
 
-    split is "train" or "val": by `held_out`; where there are too few documents for that, "val" is the
-    last tenth of each (in bytes, cut between characters).
+    split is "train" or "val": by `held_out`; where there are too few documents for that, "val" is
+    the last tenth of each (in bytes, cut between characters).
     """
     by_document = splits_by_document(files, seed)
     for name, path in files:
@@ -892,7 +923,7 @@ def split_documents(files, seed=0):
             left = None if last else max(left - len(data), 0)
 
 
-def pack(files, tokenizer: Tokenizer, directory, split_seed=0, workers=None, progress=False) -> dict:
+def pack(files, tokenizer, directory, split_seed=0, workers=None, progress=False) -> dict:
     """Turns files (of `find_files`) into directory/train.bin and val.bin, on several processes.
 
     Each document is followed by tokenizer.end_id; documents keep their order, and the result is the
@@ -908,7 +939,8 @@ def pack(files, tokenizer: Tokenizer, directory, split_seed=0, workers=None, pro
     stats = {split: dict.fromkeys(("documents", "bytes", "tokens", "invalid", "empty"), 0)
              for split in ("train", "val")}
     show, start = Progress(progress), time.time()
-    writers = {split: TokenWriter(directory / f"{split}.bin", tokenizer.vocab_size) for split in stats}
+    writers = {split: TokenWriter(directory / f"{split}.bin", tokenizer.vocab_size)
+               for split in stats}
     try:
         for split, ids in encode_all(batches(files, split_seed, stats), tokenizer, workers):
             writers[split].add(ids)
@@ -931,7 +963,7 @@ def pack(files, tokenizer: Tokenizer, directory, split_seed=0, workers=None, pro
 
 
 def batches(files, seed, stats):
-    """Yields (split, [(text, begins, ends), ...]) of about PIECE characters, and counts in stats."""
+    """Yields (split, [(text, begins, ends), ...]) of about PIECE characters; counts in stats."""
     waiting, sizes = {split: [] for split in stats}, collections.Counter()
     for split, text, begins, ends, invalid in split_documents(files, seed):
         stats[split]["bytes"] += len(text.encode())
@@ -974,7 +1006,7 @@ def encode_parts(parts, tokenizer=None) -> np.ndarray:
 
 
 class TokenWriter:
-    """A token file in the making: a header, then ids as little-endian uint16, or uint32 if needed."""
+    """A token file in the making: a header, then ids, little-endian uint16 or, if needed, uint32."""
 
     def __init__(self, path: Path, vocab_size: int):
         self.path, self.temporary = path, path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -1017,7 +1049,7 @@ def open_tokens(path, vocab_size: int | None = None, headerless=False) -> tuple[
                 raise ValueError
         expected = start + {"uint16": 2, "uint32": 4}[header["dtype"]] * header["tokens"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is no token file of ours (nanoGPT's need headerless=True)") from None
+        raise ValueError(f"{path} is no token file of ours (nanoGPT's: headerless=True)") from None
     if size != expected:
         raise ValueError(f"{path} has {size} bytes instead of {expected}: it is cut off or damaged")
     dtype, crc, highest = np.dtype(header["dtype"]).newbyteorder("<"), 0, -1
@@ -1031,8 +1063,8 @@ def open_tokens(path, vocab_size: int | None = None, headerless=False) -> tuple[
         raise ValueError(f"{path} is damaged: its checksum does not match")
     needed = header.setdefault("vocab_size", highest + 1)
     if vocab_size is not None and needed > vocab_size:
-        raise ValueError(f"{path} was made with a vocabulary of {needed}, not {vocab_size}: pack the text "
-                         "again with this tokenizer")
+        raise ValueError(f"{path} was made with a vocabulary of {needed}, not {vocab_size}: pack the "
+                         "text again with this tokenizer")
     return ids, header
 
 
@@ -1045,13 +1077,13 @@ class Parser(argparse.ArgumentParser):
 
 def main():
     parser = Parser(description="Packs text into token files, train.bin and val.bin.")
-    parser.add_argument("data", nargs="+", metavar="DATA", help="text or .jsonl files, folders, globs")
+    parser.add_argument("data", nargs="+", metavar="DATA", help="text, .jsonl, folders, globs")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the result")
-    parser.add_argument("--tokenizer", metavar="NAME_OR_PATH", help="bytes, gpt2, a file or a folder; "
-                        "without it a new one is trained on the text")
+    parser.add_argument("--tokenizer", metavar="NAME_OR_PATH", help="bytes, gpt2, a file or a "
+                        "folder; without it a new one is trained on the text")
     parser.add_argument("--vocab", type=int, metavar="N", help="size of the new vocabulary (4096)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (as many as pay)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws what is held out (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is held out (0)")
     args = parser.parse_args()
     if args.tokenizer and args.vocab:
         parser.error("--vocab is for a new vocabulary: leave it or --tokenizer out")
@@ -1062,7 +1094,8 @@ def main():
         if args.tokenizer:
             tokenizer = load_tokenizer(args.tokenizer)
         else:  # trained on about 64 MB, spread evenly
-            texts = (text for split, text, *_ in split_documents(files, args.seed) if split == "train")
+            pieces = split_documents(files, args.seed)
+            texts = (text for split, text, *_ in pieces if split == "train")
             step = 1 + sum(path.stat().st_size for _, path in files) // (64 << 20)
             tokenizer = train_bpe(itertools.islice(texts, 0, None, step), (args.vocab or 4096) - 1)
         stats = pack(files, tokenizer, args.out, args.seed, args.workers, progress=True)
