@@ -101,7 +101,8 @@ def chatglm3_chat(tokenizer, messages):
 
 
 GLM4_CALL = "在调用上述函数时，请使用 Json 格式表示调用的参数。"
-GLM4_PERSONA = ("你是一个名为 ChatGLM 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
+GLM4_PERSONA = ("你是一个名为 ChatGLM 的人工智能助手。"
+                "你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
                 "你的任务是针对用户的问题和要求提供适当的答复和支持。\n\n# 可用工具")
 GLM4_TOOLS = {  # the published template's words for the built-in tools
     "python": """当你向 `python` 发送包含 Python 代码的消息时，\
@@ -118,9 +119,11 @@ GLM4_TOOLS = {  # the published template's words for the built-in tools
 `open_url(url: str)`：打开指定的 URL。\n
 使用 `【{引用 id}†{引用文本}】` 来引用内容。\n
 操作步骤：1. 使用 `search` 来获得信息列表; 2. 使用 `mclick` 来获取指定 ID 页面的内容; \
-3. 根据获得的内容进行回复。在回复中应当引用信息来源。\n 如果用户提供了 URL，也可以用 `open_url` 直接打开页面。
+3. 根据获得的内容进行回复。在回复中应当引用信息来源。
+ 如果用户提供了 URL，也可以用 `open_url` 直接打开页面。
 如果初次搜索结果没有找到合适的信息，也可以再次使用 `search` 进行搜索。""",
-    "cogview": """如果用户的请求中包含了对图像的描述，你可以使用 `cogview` 来生成图像并展示给用户。\
+    "cogview": """如果用户的请求中包含了对图像的描述，\
+你可以使用 `cogview` 来生成图像并展示给用户。\
 你需要向 `cogview` 发送图像描述，规则：
 - 发送给 `cogview` 的消息必须使用英语。用户的中文描述必须完全翻译为英语。
 - 应当尽可能详细地描述图像生成的需求，需求描述约 100 英文单词。
@@ -274,8 +277,8 @@ class Tokenizer:
                     or m.get("role") not in roles
                     or any(m[key] and key not in ("role", "content", *keys) for key in m)):
                 raise ValueError(f"message {n} needs a role ({', '.join(roles)}) and content (text)"
-                                 f"{' and may have ' * bool(keys)}{', '.join(keys)} in the chat format"
-                                 f" {self.chat_format}: {m!r:.150}")
+                                 f"{' and may have ' * bool(keys)}{', '.join(keys)} in the format "
+                                 f"{self.chat_format}: {m!r:.150}")
         if not messages:
             raise ValueError("a conversation needs at least one message")
         speaks = messages[-1]["role"] != "assistant"
@@ -587,10 +590,10 @@ def find_vocabulary(folder: Path, kind: str | None) -> Path:
     found = [f for n, f in enumerate(found) if n == 0 or f[0].name not in SAME]
     if not found:
         raise ValueError(f"{folder}: no vocabulary{f' of kind {kind}' if kind else ''} (looked for "
-                         f"{', '.join(FILES)}); 'bytes' needs none")
+                         f"{', '.join(FILES)}); 'gpt2' and 'bytes' go by name")
     if len(found) > 1:
-        raise ValueError(f"{folder} holds {', '.join(f.name for f, _ in found)}: pass one of them as "
-                         f"path, or kind={' or '.join(repr(kinds[0]) for _, kinds in found)}")
+        raise ValueError(f"{folder} holds {', '.join(f.name for f, _ in found)}: pass one of them "
+                         f"as path, or kind={' or '.join(repr(kinds[0]) for _, kinds in found)}")
     return found[0][0]
 
 
@@ -686,7 +689,7 @@ def read_tokenizer_json(file, config, model) -> ByteBPE:
             or len(split) > 1 or bool(split) == level.get("use_regex", True)
             or split and (split[0].get("behavior"), split[0].get("invert")) not in KEEPS_PIECES
             or (normalizer or {"type": "NFC"}).get("type") != "NFC"):
-        raise ValueError(f"{file}: not byte-level BPE with one split pattern and no normalizer but NFC")
+        raise ValueError(f"{file}: no byte-level BPE with one split pattern and at most NFC")
     added = {t["content"]: t for t in source.get("added_tokens") or ()}
     special = {text: t["id"] for text, t in added.items() if t.get("special")}
     plain = {text: t["id"] for text, t in added.items() if not t.get("special")}
@@ -796,8 +799,8 @@ def find_files(data: list[str]) -> list[tuple[str, Path]]:
     """[(name, path), ...] sorted by name: the files that data (files, folders, globs) means.
 
     Names are relative to the folder, with forward slashes; what is held out depends on them. A
-    named file is always taken; in folders hidden ones are left out, in folders and globs binary ones
-    (a NUL byte in the first 8 KB). ValueError: an input that gives nothing.
+    named file is always taken; in folders hidden files are left out, in folders and globs binary
+    ones (a NUL byte in the first 8 KB). ValueError: an input that gives nothing.
     """
     found = {}
     for entry in map(str, data):
@@ -840,7 +843,7 @@ def read_documents(path: Path, name: str):
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     held, tail, invalid, first = "", b"", 0, True
     with open(path, "rb") as file:
-        while first or held or data:
+        while True:
             data = file.read(PIECE)
             text = decoder.decode(data, final=not data)
             invalid += text.count(UNKNOWN) - (tail + data).count(UNKNOWN.encode())
@@ -851,6 +854,8 @@ def read_documents(path: Path, name: str):
             if cut or first and not data:
                 yield name, held[:cut], invalid
                 held, invalid, first = held[cut:], 0, False
+            if not data:
+                return
 
 
 def find_cut(text: str) -> int:
@@ -1006,7 +1011,7 @@ def encode_parts(parts, tokenizer=None) -> np.ndarray:
 
 
 class TokenWriter:
-    """A token file in the making: a header, then ids, little-endian uint16 or, if needed, uint32."""
+    """A token file in the making: a header, then ids as little-endian uint16 or uint32."""
 
     def __init__(self, path: Path, vocab_size: int):
         self.path, self.temporary = path, path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -1063,8 +1068,8 @@ def open_tokens(path, vocab_size: int | None = None, headerless=False) -> tuple[
         raise ValueError(f"{path} is damaged: its checksum does not match")
     needed = header.setdefault("vocab_size", highest + 1)
     if vocab_size is not None and needed > vocab_size:
-        raise ValueError(f"{path} was made with a vocabulary of {needed}, not {vocab_size}: pack the "
-                         "text again with this tokenizer")
+        raise ValueError(f"{path} was made with a vocabulary of {needed}, not {vocab_size}: pack "
+                         "the text again with this tokenizer")
     return ids, header
 
 

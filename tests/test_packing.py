@@ -1,4 +1,5 @@
 """Packing of text into token files: nothing lost, nothing reordered, damage noticed."""
+
 import json
 import random
 import subprocess
@@ -8,8 +9,17 @@ import numpy as np
 import pytest
 
 import tokenizer as tk
-from tokenizer import (Bytes, find_files, held_out, load_tokenizer, open_tokens, pack, read_documents,
-                       split_documents, train_bpe)
+from tokenizer import (
+    Bytes,
+    find_files,
+    held_out,
+    load_tokenizer,
+    open_tokens,
+    pack,
+    read_documents,
+    split_documents,
+    train_bpe,
+)
 
 
 def corpus(folder, count=60, seed=0):
@@ -17,8 +27,12 @@ def corpus(folder, count=60, seed=0):
     rng, texts = random.Random(seed), {}
     for n in range(count):
         name = f"{'sub/' * (n % 3)}{n:03}.txt"
-        lines = [rng.choice(["", "", "    "]) + " ".join(rng.choices(["def", "x", "=", "é", "1234", "你好"], k=6))
-                 + rng.choice(["\n", "\n\n", ";\n \n"]) for _ in range(rng.randrange(1, 80))]
+        lines = [
+            rng.choice(["", "", "    "])
+            + " ".join(rng.choices(["def", "x", "=", "é", "1234", "你好"], k=6))
+            + rng.choice(["\n", "\n\n", ";\n \n"])
+            for _ in range(rng.randrange(1, 80))
+        ]
         texts[name] = "".join(lines)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(texts[name], encoding="utf-8", newline="")
@@ -40,9 +54,16 @@ def test_packed_ids_are_the_documents_in_order_each_with_its_end(tmp_path, bpe):
     packed = read_tokens(tmp_path / "out")
     for split in ("train", "val"):
         names = [n for n in sorted(texts) if held_out(n, 3) == (split == "val")]
-        assert names and packed[split] == [id for n in names for id in [*bpe.encode(texts[n]), bpe.end_id]]
-        assert stats[split] == {"documents": len(names), "tokens": len(packed[split]), "invalid": 0,
-                                "bytes": sum(len(texts[n].encode()) for n in names), "empty": 0}
+        assert names and packed[split] == [
+            id for n in names for id in [*bpe.encode(texts[n]), bpe.end_id]
+        ]
+        assert stats[split] == {
+            "documents": len(names),
+            "tokens": len(packed[split]),
+            "invalid": 0,
+            "bytes": sum(len(texts[n].encode()) for n in names),
+            "empty": 0,
+        }
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["train.bin", "val.bin"]
 
 
@@ -67,7 +88,8 @@ def test_packing_works_with_spawned_processes(tmp_path, bpe, root):
         "    multiprocessing.set_start_method('spawn')\n"
         "    bpe = tokenizer.load_tokenizer('bpe')\n"
         "    tokenizer.PIECE = 5000\n"
-        "    tokenizer.pack(tokenizer.find_files(['data']), bpe, 'out', workers=2)\n")
+        "    tokenizer.pack(tokenizer.find_files(['data']), bpe, 'out', workers=2)\n"
+    )
     subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True, timeout=120)
     pack(find_files([str(tmp_path / "data")]), bpe, tmp_path / "one", workers=1)
     assert read_tokens(tmp_path / "out") == read_tokens(tmp_path / "one")
@@ -79,7 +101,14 @@ def test_few_documents_hold_out_the_last_tenth_of_each(tmp_path):
         (tmp_path / name).write_text(text, encoding="utf-8")
     stats = pack(find_files([str(tmp_path)]), Bytes(), tmp_path / "out")
     packed = read_tokens(tmp_path / "out")
-    assert packed["train"] == [*texts["a.txt"][:90].encode(), 256, *("é" * 45).encode(), 256, *b"tiny", 256]
+    assert packed["train"] == [
+        *texts["a.txt"][:90].encode(),
+        256,
+        *("é" * 45).encode(),
+        256,
+        *b"tiny",
+        256,
+    ]
     assert packed["val"] == [*b"0123456789", 256, *("é" * 5).encode(), 256]
     assert (stats["train"]["documents"], stats["val"]["documents"]) == (3, 2)
 
@@ -110,8 +139,10 @@ def test_documents_larger_than_a_piece_have_the_ids_of_the_whole(tmp_path, bpe, 
     pack([("big.txt", tmp_path / "big.txt")], bpe, tmp_path / "out", workers=2)
     cut = len(text.encode()) - len(text.encode()) // 10
     head = text.encode()[:cut].decode("utf-8", "ignore")
-    assert read_tokens(tmp_path / "out") == {"train": [*bpe.encode(head), bpe.end_id],
-                                             "val": [*bpe.encode(text[len(head):]), bpe.end_id]}
+    assert read_tokens(tmp_path / "out") == {
+        "train": [*bpe.encode(head), bpe.end_id],
+        "val": [*bpe.encode(text[len(head) :]), bpe.end_id],
+    }
 
 
 def test_text_without_a_place_to_cut_is_still_read_in_pieces(tmp_path, monkeypatch):
@@ -128,26 +159,37 @@ def test_invalid_utf8_is_replaced_and_counted_wherever_it_stands(tmp_path, monke
         monkeypatch.setattr(tk, "PIECE", piece)
         for _ in range(30):
             good = ["a", "\n", "é", "你", "\ufffd", "\U0001f600"]
-            parts = rng.choices([*(g.encode() for g in good), b"\xff", b"\xc3(", b"\xe4\xbd("], k=40)
+            parts = rng.choices(
+                [*(g.encode() for g in good), b"\xff", b"\xc3(", b"\xe4\xbd("], k=40
+            )
             (tmp_path / "x.txt").write_bytes(b"".join(parts))
             found = list(read_documents(tmp_path / "x.txt", "x.txt"))
-            assert "".join(text for _, text, _ in found) == b"".join(parts).decode("utf-8", "replace")
+            assert "".join(text for _, text, _ in found) == b"".join(parts).decode(
+                "utf-8", "replace"
+            )
             assert sum(bad for _, _, bad in found) == sum(b"\xff" in p or b"(" in p for p in parts)
 
 
 def test_jsonl_has_a_document_a_line(tmp_path):
-    lines = [{"text": f"document {n} é"} for n in range(30)] + [{"text": "a\ud800"}, {"text": "", "id": 1}]
+    lines = [{"text": f"document {n} é"} for n in range(30)] + [
+        {"text": "a\ud800"},
+        {"text": "", "id": 1},
+    ]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     documents = list(read_documents(tmp_path / "x.jsonl", "x.jsonl"))
     assert documents[0] == ("x.jsonl:1", "document 0 é", 0)
     assert documents[30:] == [("x.jsonl:31", "a\ufffd", 1), ("x.jsonl:32", "", 0)]
     seed = next(s for s in range(100) if any(held_out(f"x.jsonl:{n}", s) for n in range(1, 20)))
-    stats = pack(find_files([str(tmp_path / "x.jsonl")]), Bytes(), tmp_path / "out", split_seed=seed)
+    stats = pack(
+        find_files([str(tmp_path / "x.jsonl")]), Bytes(), tmp_path / "out", split_seed=seed
+    )
     assert stats["train"]["documents"] + stats["val"]["documents"] == 31
     assert stats["train"]["empty"] + stats["val"]["empty"] == 1
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"txt": "a"}', '{"text": 1}', '"text"', "1", '{"text": null}'])
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", '{"txt": "a"}', '{"text": 1}', '"text"', "1", '{"text": null}']
+)
 def test_a_bad_line_of_jsonl_is_named(tmp_path, line):
     (tmp_path / "x.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"x.jsonl, line 2: "):
@@ -156,7 +198,15 @@ def test_a_bad_line_of_jsonl_is_named(tmp_path, line):
 
 
 def test_files_are_found_in_folders_globs_and_by_name(tmp_path, monkeypatch):
-    for name in ("b.py", "a/c.txt", "a/deep/d.md", ".hidden", ".git/x.txt", "a/.secret/y.txt", "noext"):
+    for name in (
+        "b.py",
+        "a/c.txt",
+        "a/deep/d.md",
+        ".hidden",
+        ".git/x.txt",
+        "a/.secret/y.txt",
+        "noext",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("text")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
@@ -166,8 +216,15 @@ def test_files_are_found_in_folders_globs_and_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert [name for name, _ in find_files(["**/*.txt"])] == ["a/c.txt", "odd [1].txt"]
     assert [name for name, _ in find_files(["picture.png", "odd [1].txt", ".hidden"])] == [
-        ".hidden", "odd [1].txt", "picture.png"]
-    assert [name for name, _ in find_files(["a", "a/c.txt", "a/*"])] == ["a/c.txt", "c.txt", "deep/d.md"]
+        ".hidden",
+        "odd [1].txt",
+        "picture.png",
+    ]
+    assert [name for name, _ in find_files(["a", "a/c.txt", "a/*"])] == [
+        "a/c.txt",
+        "c.txt",
+        "deep/d.md",
+    ]
     assert len({path.resolve() for _, path in find_files(["a", "."])}) == 5
 
 
@@ -221,7 +278,15 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path, vocab_size, dtype):
     assert ids.dtype == dtype and header["dtype"] == dtype and ids[-1] == vocab_size - 1
     first = (tmp_path / "train.bin").read_bytes()[:512]
     assert first.endswith(b" \n") and json.loads(first) == header
-    assert list(header) == ["format", "dtype", "vocab_size", "tokens", "documents", "bytes", "crc32"]
+    assert list(header) == [
+        "format",
+        "dtype",
+        "vocab_size",
+        "tokens",
+        "documents",
+        "bytes",
+        "crc32",
+    ]
 
 
 @pytest.fixture
@@ -231,12 +296,19 @@ def packed(tmp_path):
     return tmp_path / "train.bin"
 
 
-@pytest.mark.parametrize("damage, complaint", [
-    (lambda data: data[:-1], "bytes instead of"), (lambda data: data + b"\0\0", "bytes instead of"),
-    (lambda data: data[:700] + bytes([data[700] ^ 1]) + data[701:], "checksum"),
-    (lambda data: data[512:], "no token file"), (lambda data: b"", "no token file"),
-    (lambda data: b"[]" + data[2:], "no token file"), (lambda data: data.replace(b"tokens-1", b"tokens-9"), "no token file"),
-    (lambda data: data.replace(b'"uint16"', b'"object"'), "no token file")])
+@pytest.mark.parametrize(
+    "damage, complaint",
+    [
+        (lambda data: data[:-1], "bytes instead of"),
+        (lambda data: data + b"\0\0", "bytes instead of"),
+        (lambda data: data[:700] + bytes([data[700] ^ 1]) + data[701:], "checksum"),
+        (lambda data: data[512:], "no token file"),
+        (lambda data: b"", "no token file"),
+        (lambda data: b"[]" + data[2:], "no token file"),
+        (lambda data: data.replace(b"tokens-1", b"tokens-9"), "no token file"),
+        (lambda data: data.replace(b'"uint16"', b'"object"'), "no token file"),
+    ],
+)
 def test_damaged_token_files_are_noticed(packed, damage, complaint):
     packed.write_bytes(damage(packed.read_bytes()))
     with pytest.raises(ValueError, match=complaint) as caught:
@@ -272,21 +344,30 @@ def test_splitting_yields_all_text_once(tmp_path, monkeypatch):
     monkeypatch.setattr(tk, "PIECE", 500)
     texts = corpus(tmp_path, 5)
     joined = {}
-    for split, text, begins, ends, invalid in split_documents(find_files([str(tmp_path)])):
+    for split, text, begins, ends, _ in split_documents(find_files([str(tmp_path)])):
         joined.setdefault(split, []).append((text, begins, ends))
     assert sum(begins for parts in joined.values() for _, begins, _ in parts) == 10
     assert sum(ends for parts in joined.values() for _, _, ends in parts) == 10
-    assert sum(len(text) for parts in joined.values() for text, _, _ in parts) == sum(map(len, texts.values()))
+    assert sum(len(text) for parts in joined.values() for text, _, _ in parts) == sum(
+        map(len, texts.values())
+    )
 
 
 def command(*arguments, cwd, root):
-    return subprocess.run([sys.executable, root / "tokenizer.py", *map(str, arguments)], cwd=cwd, text=True,
-                          capture_output=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, root / "tokenizer.py", *map(str, arguments)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
 
 
 def test_command_line_packs_and_saves_the_tokenizer(tmp_path, root):
     texts = corpus(tmp_path / "data")
-    done = command("data", "--out", "out", "--vocab", "270", "--workers", "2", cwd=tmp_path, root=root)
+    done = command(
+        "data", "--out", "out", "--vocab", "270", "--workers", "2", cwd=tmp_path, root=root
+    )
     assert done.returncode == 0, done.stderr
     tokenizer = load_tokenizer(tmp_path / "out")
     assert tokenizer.vocab_size == 270 and "train: " in done.stdout
@@ -294,12 +375,19 @@ def test_command_line_packs_and_saves_the_tokenizer(tmp_path, root):
     assert len(text) == sum(map(len, texts.values())) + len(texts) * len("<|endoftext|>")
 
 
-@pytest.mark.parametrize("arguments, complaint", [
-    (["missing", "--out", "out"], "missing"), (["x.txt"], "--out"), ([], "DATA"),
-    (["x.txt", "--out", "out", "--vocab", "9"], "256"), (["x.txt", "--out", "out", "--workers", "0"], "workers"),
-    (["x.txt", "--out", "out", "--vocab", "many"], "many"),
-    (["x.txt", "--out", "out", "--vocab", "300", "--tokenizer", "bytes"], "--vocab"),
-    (["x.txt", "--out", "out", "--tokenizer", "nothing"], "nothing")])
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["missing", "--out", "out"], "missing"),
+        (["x.txt"], "--out"),
+        ([], "DATA"),
+        (["x.txt", "--out", "out", "--vocab", "9"], "256"),
+        (["x.txt", "--out", "out", "--workers", "0"], "workers"),
+        (["x.txt", "--out", "out", "--vocab", "many"], "many"),
+        (["x.txt", "--out", "out", "--vocab", "300", "--tokenizer", "bytes"], "--vocab"),
+        (["x.txt", "--out", "out", "--tokenizer", "nothing"], "nothing"),
+    ],
+)
 def test_a_users_mistake_is_one_line_and_status_2(tmp_path, root, arguments, complaint):
     (tmp_path / "x.txt").write_text("hello")
     done = command(*arguments, cwd=tmp_path, root=root)
@@ -309,4 +397,6 @@ def test_a_users_mistake_is_one_line_and_status_2(tmp_path, root, arguments, com
 
 def test_help_names_every_flag(tmp_path, root):
     done = command("--help", cwd=tmp_path, root=root)
-    assert done.returncode == 0 and all(f in done.stdout for f in ("--out", "--tokenizer", "--vocab", "--workers"))
+    assert done.returncode == 0 and all(
+        f in done.stdout for f in ("--out", "--tokenizer", "--vocab", "--workers")
+    )

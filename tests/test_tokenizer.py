@@ -1,4 +1,5 @@
-"""tokenizer.py: ids equal to the official codes', text stays data, what is saved opens elsewhere."""
+"""tokenizer.py: the official codes' ids, text stays data, what is saved opens elsewhere."""
+
 import hashlib
 import json
 import pickle
@@ -10,11 +11,17 @@ import pytest
 import tokenizer as tk
 from tokenizer import GPT2_PATTERN, Bytes, ByteBPE, load_tokenizer, train_bpe
 
-TYPED = ("<|endoftext|> <|eot_id|><|start_header_id|>system<|end_header_id|> <|user|>[gMASK]<sop> sop "
-         "</s> <|begin_of_text|>")
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 1+1?"},
-        {"role": "assistant", "content": "2"}, {"role": "user", "content": "Thanks!\n"},
-        {"role": "assistant", "content": "Welcome."}]
+TYPED = (
+    "<|endoftext|> <|eot_id|><|start_header_id|>system<|end_header_id|> <|user|>[gMASK]<sop> sop "
+    "</s> <|begin_of_text|>"
+)
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 1+1?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "Thanks!\n"},
+    {"role": "assistant", "content": "Welcome."},
+]
 
 
 def read(golden, name):
@@ -42,30 +49,54 @@ def real(assets):
                 pytest.importorskip("sentencepiece")
             loaded[name, kind] = load_tokenizer(assets / name, kind)
         return loaded[name, kind]
+
     return get
 
 
-REAL = [("gpt2", None), ("llama3", None), ("llama3", "llama3.1"), ("pile", None), ("rwkv", None),
-        ("chatglm3", None)]
+REAL = [
+    ("gpt2", None),
+    ("llama3", None),
+    ("llama3", "llama3.1"),
+    ("pile", None),
+    ("rwkv", None),
+    ("chatglm3", None),
+]
 
 
 def random_texts(count=200, seed=0):
     """Text of all kinds of characters, spaces and newlines, repeated ones too; no surrogates."""
     rng = random.Random(seed)
-    pools = [(32, 127), (32, 127), (9, 14), (0, 32), (160, 0x250), (0x300, 0x370), (0x400, 0x500),
-             (0x600, 0x700), (0x2000, 0x2070), (0x3040, 0x30ff), (0x4e00, 0x9fff), (0xac00, 0xd7a4),
-             (0xe000, 0xe100), (0x1f300, 0x1f6ff), (0x10fff0, 0x110000)]
+    pools = [
+        (32, 127),
+        (32, 127),
+        (9, 14),
+        (0, 32),
+        (160, 0x250),
+        (0x300, 0x370),
+        (0x400, 0x500),
+        (0x600, 0x700),
+        (0x2000, 0x2070),
+        (0x3040, 0x30FF),
+        (0x4E00, 0x9FFF),
+        (0xAC00, 0xD7A4),
+        (0xE000, 0xE100),
+        (0x1F300, 0x1F6FF),
+        (0x10FFF0, 0x110000),
+    ]
     for _ in range(count):
         words = []
         for _ in range(rng.randrange(20)):
             low, high = rng.choice(pools)
             words.append("".join(chr(rng.randrange(low, high)) for _ in range(rng.randrange(1, 6))))
-            words.append(rng.choice(["", " ", "  ", "\n", "\n\n ", "\t", " \r\n", "'s", "12345"])
-                         * rng.randrange(1, 4))
+            words.append(
+                rng.choice(["", " ", "  ", "\n", "\n\n ", "\t", " \r\n", "'s", "12345"])
+                * rng.randrange(1, 4)
+            )
         yield "".join(words)
 
 
 # ---- training ------------------------------------------------------------------------------------
+
 
 def test_merges_equal_rustbpe(golden):
     data = read(golden, "bpe_train.json")
@@ -99,7 +130,10 @@ def test_training_equals_counting_all_pairs_again_each_time():
     rng = random.Random(1)
     for _ in range(30):
         words = ["".join(rng.choices("aab", k=rng.randrange(1, 12))) for _ in range(12)]
-        merges, parts = [], [[bytes([b]) for b in (" " * (n > 0) + w).encode()] for n, w in enumerate(words)]
+        merges, parts = (
+            [],
+            [[bytes([b]) for b in (" " * (n > 0) + w).encode()] for n, w in enumerate(words)],
+        )
         order = {bytes([b]): b for b in range(256)}
         for _ in range(10):
             counts = {}
@@ -115,12 +149,13 @@ def test_training_equals_counting_all_pairs_again_each_time():
                 at = 0
                 while at < len(word) - 1:
                     if (word[at], word[at + 1]) == best:
-                        word[at:at + 2] = [b"".join(best)]
+                        word[at : at + 2] = [b"".join(best)]
                     at += 1
         assert train_bpe([" ".join(words)], 256 + len(merges))._merges == merges
 
 
 # ---- ids equal to the official ones --------------------------------------------------------------
+
 
 def test_gpt2_ids_equal_tiktoken_and_openai(golden, real):
     data, gpt2 = read(golden, "tokenizer_gpt2.json"), real("gpt2")
@@ -133,7 +168,11 @@ def test_gpt2_ids_equal_tiktoken_and_openai(golden, real):
     for sample in data["partial_decode"]:
         assert gpt2.decode(sample["ids"]) == sample["text"]
     assert gpt2.encode("a\ud800b") == data["lone_surrogate"][0]["ids_gpt2"]
-    assert (gpt2.vocab_size, gpt2.special_ids, gpt2.end_id) == (50257, data["special_tokens"], 50256)
+    assert (gpt2.vocab_size, gpt2.special_ids, gpt2.end_id) == (
+        50257,
+        data["special_tokens"],
+        50256,
+    )
 
 
 def check_long(tokenizer, samples):
@@ -163,7 +202,9 @@ def test_llama3_ids_equal_meta(golden, real):
 
 
 def test_long_texts_are_not_cut_as_meta_cuts_them(golden, real):
-    check_long(real("llama3"), read(golden, "tokenizer_llama3.json")["long_without_the_25000_char_split"])
+    check_long(
+        real("llama3"), read(golden, "tokenizer_llama3.json")["long_without_the_25000_char_split"]
+    )
 
 
 def test_llama31_tool_call_ends_the_message_and_not_the_turn(golden, real):
@@ -172,8 +213,10 @@ def test_llama31_tool_call_ends_the_message_and_not_the_turn(golden, real):
     for role in ("tool", "ipython"):
         chat = [user, call, {"role": role, "content": "ok"}]
         assert real("llama3", "llama3.1").encode_chat(chat) == expected
-    ended = real("llama3", "llama3.1").encode_chat([user, {**call, "stop_reason": "end_of_message"}])
-    assert ended == expected[:len(ended)]
+    ended = real("llama3", "llama3.1").encode_chat(
+        [user, {**call, "stop_reason": "end_of_message"}]
+    )
+    assert ended == expected[: len(ended)]
     code = real("llama3", "llama3.1").encode_chat([user, {**call, "metadata": "python"}])
     assert code == [*ended[:-4], 128010, *ended[-4:]]
 
@@ -198,27 +241,50 @@ def test_glm4_tool_prompts_equal_the_published_template(golden, glm4):
     jinja2 = pytest.importorskip("jinja2")
     template = read(golden, "tokenizer_glm4_standin/tokenizer_config.json")["chat_template"]
     function = {"name": "f", "description": "a<b & 'c'", "parameters": {"z": 1, "a": "城市"}}
-    chat = [{"role": "system", "content": "Hi", "tools": [
-        {"type": "simple_browser"}, {"type": "function", "function": function}, {"type": "cogview"},
-        {"type": "python"}]}, {"role": "user", "content": "go"}]
-    rendered = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template).render(
-        messages=chat, add_generation_prompt=True)
+    chat = [
+        {
+            "role": "system",
+            "content": "Hi",
+            "tools": [
+                {"type": "simple_browser"},
+                {"type": "function", "function": function},
+                {"type": "cogview"},
+                {"type": "python"},
+            ],
+        },
+        {"role": "user", "content": "go"},
+    ]
+    rendered = (
+        jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+        .from_string(template)
+        .render(messages=chat, add_generation_prompt=True)
+    )
     assert glm4.decode(glm4.encode_chat(chat)) == rendered
 
 
 def test_glm4_0414_puts_tools_and_system_first_and_drops_thoughts(glm4):
     glm = pickle.loads(pickle.dumps(glm4))
     glm.chat_format = "glm4-0414"
-    chat = [{"role": "user", "content": " q "}, {"role": "system", "content": "S"},
-            {"role": "assistant", "content": "<think>hm</think>\n a"}, {"role": "user", "content": "w"},
-            {"role": "assistant", "metadata": "f", "content": "{}"}, {"role": "observation", "content": "o"}]
+    chat = [
+        {"role": "user", "content": " q "},
+        {"role": "system", "content": "S"},
+        {"role": "assistant", "content": "<think>hm</think>\n a"},
+        {"role": "user", "content": "w"},
+        {"role": "assistant", "metadata": "f", "content": "{}"},
+        {"role": "observation", "content": "o"},
+    ]
     assert glm.decode(glm.encode_chat(chat)) == (
         "[gMASK]<sop><|system|>\nS<|user|>\nq<|assistant|>\na<|user|>\nw<|assistant|>f \n{}"
-        "<|observation|>\no<|assistant|>")
-    tools = [{"role": "system", "content": "", "tools": [{"function": {"name": "f", "x": "你"}}]}, *chat[:1]]
+        "<|observation|>\no<|assistant|>"
+    )
+    tools = [
+        {"role": "system", "content": "", "tools": [{"function": {"name": "f", "x": "你"}}]},
+        *chat[:1],
+    ]
     assert glm.decode(glm.encode_chat(tools)) == (
         '[gMASK]<sop><|system|>\n# 可用工具\n\n## f\n\n{\n    "name": "f",\n    "x": "你"\n}\n'
-        "在调用上述函数时，请使用 Json 格式表示调用的参数。<|user|>\nq<|assistant|>")
+        "在调用上述函数时，请使用 Json 格式表示调用的参数。<|user|>\nq<|assistant|>"
+    )
 
 
 def test_chatglm3_ids_equal_official(golden, real):
@@ -230,7 +296,11 @@ def test_chatglm3_ids_equal_official(golden, real):
         chat = [*sample["history"], {"role": sample["role"], "content": sample["query"]}]
         assert glm.encode_chat(chat) == sample["input_ids"]
     for sample in data["decode"]:
-        if sample["ids"] != [243, 162, 148]:  # cut-off UTF-8: one U+FFFD as elsewhere, not one a byte
+        if sample["ids"] != [
+            243,
+            162,
+            148,
+        ]:  # cut-off UTF-8: one U+FFFD as elsewhere, not one a byte
             assert glm.decode(sample["ids"]) == sample["decode"]
     assert glm.special_ids == data["vocab"]["special_tokens"]
     assert list(glm.stop_ids) == data["stop_ids_used_by_chat"]
@@ -254,7 +324,13 @@ def test_neox_ids_equal_tokenizers(real, assets):
     official = tokenizers.Tokenizer.from_file(str(assets / "pile" / "20B_tokenizer.json"))
     official.encode_special_tokens = True
     neox = real("pile")
-    for text in [*random_texts(), "e\u0301 \u212b", " " * 60 + "x", "def f():\n" + " " * 23 + "y", TYPED]:
+    for text in [
+        *random_texts(),
+        "e\u0301 \u212b",
+        " " * 60 + "x",
+        "def f():\n" + " " * 23 + "y",
+        TYPED,
+    ]:
         assert neox.encode(text) == official.encode(text).ids
     assert (neox.vocab_size, neox.end_id, neox.bos_id) == (50277, 0, None)
 
@@ -267,6 +343,7 @@ def test_gpt2_merges_file_and_json_names_give_the_same(real, assets, tmp_path):
 
 
 # ---- text is data; every text survives -----------------------------------------------------------
+
 
 def check_data(tokenizer):
     ids = tokenizer.encode(TYPED)
@@ -305,7 +382,7 @@ def test_stream_decoder_equals_decode_for_any_ids(trained, glm4):
             decoder, text, at = tokenizer.stream_decoder(), "", 0
             while at < len(ids):
                 step = rng.randrange(1, 4)
-                text += decoder.feed(ids[at:at + step])
+                text += decoder.feed(ids[at : at + step])
                 at += step
             assert text + decoder.finish() == tokenizer.decode(ids)
 
@@ -313,7 +390,7 @@ def test_stream_decoder_equals_decode_for_any_ids(trained, glm4):
 def test_stream_decoder_holds_back_half_a_character():
     decoder = Bytes().stream_decoder()
     assert [decoder.feed(byte) for byte in "aé你".encode()] == ["a", "", "é", "", "", "你"]
-    assert decoder.feed(0xe4) == "" and decoder.finish() == "\ufffd"
+    assert decoder.feed(0xE4) == "" and decoder.finish() == "\ufffd"
 
 
 def test_endless_white_space_does_not_crash(trained):
@@ -344,12 +421,13 @@ def check_parts(tokenizer):
 
 # ---- chat ----------------------------------------------------------------------------------------
 
+
 def check_chat(tokenizer):
     """Parts join to the whole; a conversation only grows; a reply ends in what stops the model."""
     for n in range(2, len(CHAT) + 1):
         parts = tokenizer.chat_parts(CHAT[:n])
         assert [id for ids, _ in parts for id in ids] == tokenizer.encode_chat(CHAT[:n])
-        assert parts == tokenizer.chat_parts(CHAT)[:len(parts)]
+        assert parts == tokenizer.chat_parts(CHAT)[: len(parts)]
         assert parts[-1][1] == (CHAT[n - 1]["role"] == "assistant")
         for ids, reply in parts:
             assert not reply or ids[-1] in tokenizer.stop_ids
@@ -374,28 +452,51 @@ def test_chat_parts_of_published(name, kind, real):
 
 def test_world_chat_keeps_blank_lines_out_of_turns(real):
     world = real("rwkv")
-    chat = [{"role": "user", "content": " hi\r\n\r\n\nyou "}, {"role": "assistant", "content": "a\n\nb\n"}]
+    chat = [
+        {"role": "user", "content": " hi\r\n\r\n\nyou "},
+        {"role": "assistant", "content": "a\n\nb\n"},
+    ]
     assert world.decode(world.encode_chat(chat)) == "User: hi\nyou\n\nAssistant: a\nb\n\n"
-    assert world.encode_chat([{"role": "user", "content": "hi"}]) == [24281, 59, 4571, 261, 5585, 41693, 59]
+    assert world.encode_chat([{"role": "user", "content": "hi"}]) == [
+        24281,
+        59,
+        4571,
+        261,
+        5585,
+        41693,
+        59,
+    ]
 
 
 def test_alpaca_is_stanfords_prompt():
     tokenizer = Bytes()
     tokenizer.chat_format = "alpaca"
-    chat = [{"role": "user", "content": "Add.", "input": "1 2"}, {"role": "assistant", "content": "3"}]
+    chat = [
+        {"role": "user", "content": "Add.", "input": "1 2"},
+        {"role": "assistant", "content": "3"},
+    ]
     assert tokenizer.decode(tokenizer.encode_chat(chat)) == (
         "Below is an instruction that describes a task, paired with an input that provides further "
-        "context. Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n"
-        "### Input:\n1 2\n\n### Response:3<|endoftext|>")
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n"
+        "### Input:\n1 2\n\n### Response:3<|endoftext|>"
+    )
     assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "Hi"}])) == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes "
-        "the request.\n\n### Instruction:\nHi\n\n### Response:")
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nHi\n\n### Response:"
+    )
 
 
-@pytest.mark.parametrize("messages, complaint", [
-    ([], "at least one"), ([{"role": "user"}], "message 0"), (["hi"], "message 0"),
-    ([{"role": "user", "content": "x"}, {"role": "root", "content": "x"}], "'root'"),
-    ([{"role": "user", "content": "x", "tools": [1]}], "'tools'")])
+@pytest.mark.parametrize(
+    "messages, complaint",
+    [
+        ([], "at least one"),
+        ([{"role": "user"}], "message 0"),
+        (["hi"], "message 0"),
+        ([{"role": "user", "content": "x"}, {"role": "root", "content": "x"}], "'root'"),
+        ([{"role": "user", "content": "x", "tools": [1]}], "'tools'"),
+    ],
+)
 def test_bad_conversations_are_refused_in_one_line(messages, complaint):
     tokenizer = Bytes()
     tokenizer.chat_format = "alpaca"
@@ -414,12 +515,21 @@ def test_a_tokenizer_without_chat_format_says_so():
 
 # ---- saving, loading, finding --------------------------------------------------------------------
 
+
 def check_saved(tokenizer, folder):
     """The same after saving; `tokenizers` reads the same ids from tokenizer.json."""
     tokenizer.save(folder, model_max_length=77)
     again = load_tokenizer(folder)
     assert type(again) is type(tokenizer)
-    for name in ("special_ids", "vocab_size", "bos_id", "end_id", "stop_ids", "chat_format", "prefix_ids"):
+    for name in (
+        "special_ids",
+        "vocab_size",
+        "bos_id",
+        "end_id",
+        "stop_ids",
+        "chat_format",
+        "prefix_ids",
+    ):
         assert getattr(again, name) == getattr(tokenizer, name), name
     assert read(folder, "tokenizer_config.json")["model_max_length"] == 77
     texts = [TYPED, " a  b\n\n c\t\n", "x" * 50, *random_texts(100, seed=2)]
@@ -473,11 +583,17 @@ def test_configs_decide_which_model_a_tiktoken_file_belongs_to(golden, tmp_path)
         form = load_tokenizer(tmp_path).chat_format
         (tmp_path / name).unlink()
         return form
+
     assert load_tokenizer(tmp_path).chat_format == "llama3"
     assert found("params.json", use_scaled_rope=True) == "llama3.1"
     assert found("params.json", rope_theta=500000.0) == "llama3"
-    assert found("config.json", model_type="llama", rope_scaling={"rope_type": "llama3"}) == "llama3.1"
-    assert found("config.json", model_type="llama", rope_parameters={"rope_type": "default"}) == "llama3"
+    assert (
+        found("config.json", model_type="llama", rope_scaling={"rope_type": "llama3"}) == "llama3.1"
+    )
+    assert (
+        found("config.json", model_type="llama", rope_parameters={"rope_type": "default"})
+        == "llama3"
+    )
     assert found("config.json", model_type="chatglm") == "glm4"
     assert found("config.json", model_type="glm") == "glm4"
     assert found("config.json", model_type="glm4") == "glm4-0414"
@@ -501,7 +617,9 @@ def test_ids_out_of_merge_order_are_read(tmp_path):
     data["model"]["vocab"] = {t: turned.get(id, id) for t, id in data["model"]["vocab"].items()}
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     again = load_tokenizer(tmp_path)
-    assert again.encode("hello yellow") == [turned.get(id, id) for id in trained.encode("hello yellow")]
+    assert again.encode("hello yellow") == [
+        turned.get(id, id) for id in trained.encode("hello yellow")
+    ]
     assert again.decode(again.encode("hello yellow")) == "hello yellow"
 
 
@@ -509,9 +627,13 @@ def test_several_or_no_vocabularies_are_an_error_that_says_what_to_do(tmp_path, 
     with pytest.raises(ValueError, match="looked for tokenizer.json"):
         load_tokenizer(tmp_path)
     trained.save(tmp_path)
-    lines = "".join(f"{b + 1} {bytes([b])!r} 1\n" for b in range(256)) + "257 ' a' 2\n258 '\\n\\n' 2\n"
+    lines = (
+        "".join(f"{b + 1} {bytes([b])!r} 1\n" for b in range(256)) + "257 ' a' 2\n258 '\\n\\n' 2\n"
+    )
     (tmp_path / "rwkv_vocab_v1.txt").write_text(lines)
-    with pytest.raises(ValueError, match="tokenizer.json, rwkv_vocab_v1.txt.*kind='tokenizer.json' or 'world'"):
+    with pytest.raises(
+        ValueError, match="tokenizer.json, rwkv_vocab_v1.txt.*kind='tokenizer.json' or 'world'"
+    ):
         load_tokenizer(tmp_path)
     world = load_tokenizer(tmp_path, kind="world")
     assert world.encode("a a\n\n") == [98, 257, 258]
@@ -520,18 +642,38 @@ def test_several_or_no_vocabularies_are_an_error_that_says_what_to_do(tmp_path, 
     assert load_tokenizer(tmp_path, kind="tokenizer.json").encode("a") == trained.encode("a")
     with pytest.raises(ValueError, match="kind 'nonsense'"):
         load_tokenizer(tmp_path, kind="nonsense")
-    (tmp_path / "rwkv_vocab_v1.txt").write_text(lines.replace("257 ' a'", "257 __import__('os').getcwd()"))
+    (tmp_path / "rwkv_vocab_v1.txt").write_text(
+        lines.replace("257 ' a'", "257 __import__('os').getcwd()")
+    )
     with pytest.raises(ValueError, match="line 257"):
         load_tokenizer(tmp_path, kind="world")
 
 
-@pytest.mark.parametrize("name, content", [
-    ("tokenizer.json", "{"), ("tokenizer.json", "[]"), ("tokenizer.json", '{"model": {"type": "WordPiece"}}'),
-    ("tokenizer.json", '{"pre_tokenizer": {"type": "ByteLevel"}, "model": {"vocab": {"▁x": 1}, "merges": []}}'),
-    ("tokenizer.json", '{"pre_tokenizer": {"type": "ByteLevel"}, "model": {"vocab": {"a": 0}, "merges": ["a b"]}}'),
-    ("tokenizer.json", '{"pre_tokenizer": {"type": "ByteLevel"}}'), ("tokenizer.model", "IQ== 0\nnonsense\n"),
-    ("tokenizer.model", "\x00\x01"), ("tokenizer_config.json", "{"), ("vocab.json", '{"a": 0}'),
-    ("rwkv_vocab_v2.txt", "1 'a' 1\n2 b 1\n"), ("rwkv_vocab_v2.txt", "1 'a' 1\n"), ("rwkv_vocab_v2.txt", "")])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"model": {"type": "WordPiece"}}'),
+        (
+            "tokenizer.json",
+            '{"pre_tokenizer": {"type": "ByteLevel"}, "model": {"vocab": {"▁x": 1}, "merges": []}}',
+        ),
+        (
+            "tokenizer.json",
+            '{"pre_tokenizer": {"type": "ByteLevel"}, '
+            '"model": {"vocab": {"a": 0}, "merges": ["a b"]}}',
+        ),
+        ("tokenizer.json", '{"pre_tokenizer": {"type": "ByteLevel"}}'),
+        ("tokenizer.model", "IQ== 0\nnonsense\n"),
+        ("tokenizer.model", "\x00\x01"),
+        ("tokenizer_config.json", "{"),
+        ("vocab.json", '{"a": 0}'),
+        ("rwkv_vocab_v2.txt", "1 'a' 1\n2 b 1\n"),
+        ("rwkv_vocab_v2.txt", "1 'a' 1\n"),
+        ("rwkv_vocab_v2.txt", ""),
+    ],
+)
 def test_bad_files_are_one_clear_line(name, content, tmp_path):
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises((ValueError, OSError)) as caught:
@@ -547,6 +689,7 @@ def test_names_that_do_not_exist_are_an_error_that_lists_the_names(tmp_path):
 def test_gpt2_without_network_names_the_files(monkeypatch, tmp_path):
     def offline(name):
         raise ConnectionError("no network")
+
     monkeypatch.setattr(tk.tiktoken, "get_encoding", offline)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match="vocab.bpe and encoder.json"):
