@@ -145,6 +145,11 @@ def test_documents_larger_than_a_piece_have_the_ids_of_the_whole(tmp_path, bpe, 
     }
 
 
+def test_cuts_are_only_after_a_newline_before_a_non_space():
+    texts = {"a\nb\nc d": 4, "a\n\nb": 3, "a\nb\n": 2, "a\nb\n  c": 2, "a\n b\n": 0, "": 0, "\n": 0}
+    assert {text: tk.find_cut(text) for text in texts} == texts
+
+
 def test_text_without_a_place_to_cut_is_still_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(tk, "PIECE", 100)
     monkeypatch.setattr(tk, "HOLD", 1000)
