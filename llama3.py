@@ -236,8 +236,8 @@ class Attention(nn.Module):
             k = remember(cache[0], positions, k)                        # (B, M, K, D)
             v = remember(cache[1], positions, v)
         k, v = k.transpose(1, 2), v.transpose(1, 2)                     # (B, K, T or M, D)
-        if T == 1:                           # heads that share a key, as rows of one query: on a
-            q = q.view(B, self.kv_heads, -1, q.shape[-1])               # CPU ten times as fast
+        if T == 1:                           # heads that share a key are rows of one query: with
+            q = q.view(B, self.kv_heads, -1, q.shape[-1])   # enable_gqa, bf16 is 10x slower on CPUs
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)         # (B, K, H/K, D)
         else:
             y = F.scaled_dot_product_attention(

@@ -582,7 +582,8 @@ def damage_meta(folder, kind):
     ("no second shard", "is one missing"), ("a gap", "lacks shards"), ("no shards", "none"),
     ("truncated", "01.pth|Errno 22"), ("pointer", "git lfs"), ("no params", "params.json"),
     ("lacks a tensor", "k_proj"), ("unknown tensor", "vision.weight"), ("shape", "wk"),
-    ("not a matrix", "wk"), ("only in the second", "layers.7"), ("no tensor", "wk"), ("heads", "rows"), ("other width", "rows"),
+    ("not a matrix", "wk"), ("only in the second", "layers.7"), ("no tensor", "wk"),
+    ("heads", "rows"), ("other width", "rows"),
     ("text", "do not tell"), ("quantised", "quantization_args"), ("vocabulary", "mismatch"),
     ("layers", "layers.2"), ("no heads", "do not tell")])
 def test_a_damaged_meta_folder_is_one_clear_line(golden, tmp_path, kind, words):
