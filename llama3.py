@@ -374,6 +374,8 @@ class Llama3(nn.Module):
         ValueError or OSError of one line if it is no such checkpoint.
         """
         path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: there is no such file or folder")
         folder, shards = path if path.is_dir() else path.parent, meta_shards(path)
         config = read_params(shards) if shards else read_config(folder / "config.json")
         unknown = set(overrides) - {field.name for field in fields(config)}

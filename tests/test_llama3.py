@@ -605,6 +605,11 @@ def test_a_pickle_that_would_run_code_is_refused(golden, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_path_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Llama3.from_pretrained(tmp_path / "nowhere")
+
+
 def test_overrides_are_checked(golden):
     with pytest.raises(ValueError, match="n_heads"):
         Llama3.from_pretrained(golden / "llama3_hf", n_heads=3)
