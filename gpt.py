@@ -215,14 +215,17 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        table = torch.empty(config.vocab_size, config.n_embd)
+        self.wte = nn.Embedding.from_pretrained(table, freeze=False)
+        self.wpe = nn.Embedding.from_pretrained(table.new_empty(config.n_positions, config.n_embd),
+                                                freeze=False)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.initialise()
+        if not table.is_meta:                # drawing would only cost a second there
+            self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -300,6 +303,8 @@ class GPT(nn.Module):
         ValueError or OSError of one line if it is no such checkpoint.
         """
         path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: there is no such file or folder")
         path = path / "ckpt.pt" if (path / "ckpt.pt").exists() else path
         nanogpt, folder = path.suffix == ".pt", path if path.is_dir() else path.parent
         config = read_nanogpt_config(path) if nanogpt else read_config(folder / "config.json")
@@ -461,9 +466,9 @@ def read_pickle(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True,
                              mmap=zipfile.is_zipfile(path))             # no zip before torch 1.6
-    except OSError:
-        raise
     except Exception as error:               # a damaged pickle can raise anything
+        if isinstance(error, OSError) and error.filename:
+            raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
         raise ValueError(f"{path} is damaged, or no file of tensors ({reason})") from None
     if not isinstance(content, dict):
@@ -611,7 +616,7 @@ def main() -> None:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         parser.error(str(error))
     speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
-    print(f"{decoder.end()}\n[{len(times)} tokens, {speed:.1f} tokens/s]")
+    print(f"{decoder.finish()}\n[{len(times)} tokens, {speed:.1f} tokens/s]")
 
 
 if __name__ == "__main__":

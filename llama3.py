@@ -541,9 +541,9 @@ def read_pickle(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True,
                              mmap=zipfile.is_zipfile(path))             # no zip before torch 1.6
-    except OSError:
-        raise
     except Exception as error:               # a damaged pickle can raise anything
+        if isinstance(error, OSError) and error.filename:
+            raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
         raise ValueError(f"{path} is damaged, or no file of tensors ({reason})") from None
     if not isinstance(content, dict):

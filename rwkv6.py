@@ -18,11 +18,11 @@ It is trained in parallel like a Transformer and runs as an RNN. What is differe
 * the embedding is normed at once, and the head is a matrix of its own.
 
     B batch   T time   C channels (n_embd)   H heads   D head size   L layers   V vocabulary
-    n blocks of h tokens each, in the sum over a sequence
+    n blocks of h tokens each, where a sequence is computed in parallel
 
 References: Peng et al. 2024, "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic
 Recurrence"; BlinkDL/RWKV-LM@524481d RWKV-v5/src/model.py (x060); BlinkDL/ChatRWKV@965e40b
-RWKV_v6_demo.py; for the state in blocks, Yang et al. 2023, "Gated Linear Attention Transformers".
+RWKV_v6_demo.py. On chunks: Yang et al. 2023, "Gated Linear Attention Transformers".
 
 Loads and writes the official .pth of RWKV-6, a folder or the file alone; sizes are read from it.
 
@@ -223,10 +223,10 @@ class TimeMix(nn.Module):
         self.time_maa_g = nn.Parameter(torch.empty(1, 1, C))
         self.time_maa_w1 = nn.Parameter(torch.empty(C, 5 * config.mix_lora))
         self.time_maa_w2 = nn.Parameter(torch.empty(5, config.mix_lora, C))
-        self.time_decay = nn.Parameter(torch.empty(1, 1, C))            # log(-log w), LoRA likewise
+        self.time_decay = nn.Parameter(torch.empty(1, 1, C))            # log(-w); its LoRA likewise
         self.time_decay_w1 = nn.Parameter(torch.empty(C, config.decay_lora))
         self.time_decay_w2 = nn.Parameter(torch.empty(config.decay_lora, C))
-        self.time_faaaa = nn.Parameter(torch.empty(H, D))               # u: bonus of the token itself
+        self.time_faaaa = nn.Parameter(torch.empty(H, D))               # u: bonus of the newest
         self.time_state = nn.Parameter(torch.empty(H, D, D)) if config.tuned_state else None
         self.receptance = nn.Linear(C, C, bias=False)
         self.key = nn.Linear(C, C, bias=False)
@@ -243,20 +243,20 @@ class TimeMix(nn.Module):
         return self.time_state.float().mT.expand(batch_size, -1, -1, -1)    # stored value by key
 
     def blends(self, x, last):
-        """What w, k, v, r and g read, (B, T, C) each: x and the one before, in shares of their own."""
+        """What w, k, v, r and g read, (B, T, C) each: blends of x and its predecessor."""
         gap = previous(x, last) - x
         low = torch.tanh((x + gap * self.time_maa_x) @ self.time_maa_w1)    # (B, T, 5m)
         low = low.unflatten(-1, (5, -1)).permute(2, 0, 1, 3).flatten(1, 2)  # (5, BT, m)
         shares = (low @ self.time_maa_w2).unflatten(1, x.shape[:2])         # (5, B, T, C)
-        fixed = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        return [x + gap * (maa + share) for maa, share in zip(fixed, shares)]
+        return [x + gap * (getattr(self, f"time_maa_{name}") + share)
+                for name, share in zip("wkvrg", shares)]
 
     def forward(self, x, last, S):
         xw, xk, xv, xr, xg = self.blends(x, last)
-        w = torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
-        w = self.time_decay.float() + w.float()         # exp(-exp(w)) magnifies what bf16 rounds
-        r, k, v, w = (z.unflatten(2, (self.heads, -1)).transpose(1, 2)                # (B, H, T, D)
-                      for z in (self.receptance(xr), self.key(xk), self.value(xv), -w.exp()))
+        rate = torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
+        w = -torch.exp(self.time_decay.float() + rate.float())  # fp32: bf16 cannot tell 0.999 from 1
+        r, k, v, w = (z.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
+                      for z in (self.receptance(xr), self.key(xk), self.value(xv), w))
         S0 = self.first_state(len(x)) if S is None else S.clone() if torch.is_grad_enabled() else S
         y, end = wkv6(r, k, v, w, self.time_faaaa, S0)
         if S is not None:
@@ -326,7 +326,7 @@ class RWKV6(nn.Module):
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
         nn.init.orthogonal_(self.head.weight, gain=0.5 * max(V / C, 1) ** 0.5)
         for i, block in enumerate(self.blocks):
-            deep = i / max(L - 1, 1)                                    # 0 at the first, 1 at the top
+            deep = i / max(L - 1, 1)                                    # from 0 to 1
             mix = (h / C) ** (1 - i / L)
             att, ffn = block.att, block.ffn
             for parameter, value in (
@@ -563,9 +563,9 @@ def read_pickle(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True,
                              mmap=zipfile.is_zipfile(path))             # no zip before torch 1.6
-    except OSError:
-        raise
     except Exception as error:               # a damaged pickle can raise anything
+        if isinstance(error, OSError) and error.filename:
+            raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
         raise ValueError(f"{path} is damaged, or no file of tensors ({reason})") from None
     if not isinstance(content, dict):

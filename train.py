@@ -30,6 +30,7 @@ import statistics
 import sys
 import sysconfig
 import time
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import tokenizer as text
+from gpt import read_json, read_pickle, read_tensors
 
 STARTED = time.time()
 
@@ -108,43 +110,48 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
+def value_type(spec: dataclasses.Field) -> type:
+    """int, float, str, bool or list: what the field holds if it is not None."""
+    kinds = [kind for kind in typing.get_args(spec.type) or [spec.type] if kind is not type(None)]
+    return list if typing.get_origin(spec.type) is list else kinds[0]
+
+
 def convert(spec: dataclasses.Field, value):
     """A value from a flag or a file as the field's type; ValueError if it is impossible."""
-    kind, meta = str(spec.type), spec.metadata
-    if value is None and "None" in kind:
+    name, kind, limits = "--" + spec.name.replace("_", "-"), value_type(spec), spec.metadata
+    if value is None and spec.default is None:
         return None
-    if "list" in kind or "bool" in kind:
-        wanted = list if "list" in kind else bool
-    else:
-        wanted = int if "int" in kind else float if "float" in kind else str
-    name, choices = "--" + spec.name.replace("_", "-"), meta.get("choices")
-    choices = tuple(MODELS) if choices == "models" else choices
     try:
-        value = wanted(value) if wanted is not bool or isinstance(value, bool) else None
-        if value is None or (wanted is float and not math.isfinite(value)):
+        if kind in (bool, list) and not isinstance(value, kind):
+            raise ValueError
+        value = kind(value)
+        if kind is float and not math.isfinite(value):
             raise ValueError
     except (ValueError, TypeError):
-        raise ValueError(f"{name} takes {wanted.__name__}, not {value!r}") from None
+        raise ValueError(f"{name} takes {kind.__name__}, not {value!r}") from None
+    choices = tuple(MODELS) if limits.get("choices") == "models" else limits.get("choices")
     if choices and value not in choices:
         raise ValueError(f"{name} is {value!r}: choose from {', '.join(choices)}")
-    for bound, bad in (("low", lambda limit: value < limit), ("high", lambda limit: value > limit),
-                       ("above", lambda limit: value <= limit)):
-        if bound in meta and bad(meta[bound]):
-            raise ValueError(f"{name} is {value}: it must be {dict(low='at least', high='at most', above='more than')[bound]} {meta[bound]}")
+    for bound, words, wrong in (("low", "at least", lambda limit: value < limit),
+                                ("high", "at most", lambda limit: value > limit),
+                                ("above", "more than", lambda limit: value <= limit)):
+        if bound in limits and wrong(limits[bound]):
+            raise ValueError(f"{name} is {value}: it must be {words} {limits[bound]}")
     return value
 
 
 def parse_settings(kind: type, argv: list[str], description: str) -> tuple[Settings, set[str]]:
     """The settings of a command line, and the names of those that were given there."""
-    parser = Parser(description=description, allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=description, allow_abbrev=False)
     specs = {spec.name: spec for spec in dataclasses.fields(kind)}
     for name, spec in specs.items():
-        kinds = str(spec.type).replace(" | None", "")
-        default = [] if "list" in kinds else spec.default
-        shape = {"action": "store_true"} if kinds == "bool" else {"nargs": "+"} if "list" in kinds else {}
-        parser.add_argument("--" + name.replace("_", "-"), default=default, help=f"{spec.metadata['help']}",
-                            **shape, **({"metavar": kinds.upper()} if kinds != "bool" else {}))
+        shape = {bool: {"action": "store_true"}, list: {"nargs": "+"}}.get(value_type(spec), {})
+        if value_type(spec) is not bool:
+            shape["metavar"] = "|".join(spec.metadata["choices"]) if isinstance(
+                spec.metadata.get("choices"), tuple) else value_type(spec).__name__.upper()
+        default = f" (default: {spec.default})" if spec.default not in (None, False, "") and \
+            spec.default is not dataclasses.MISSING else ""
+        parser.add_argument("--" + name.replace("_", "-"), help=spec.metadata["help"] + default, **shape)
     argv = [re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), word) for word in argv]
     parsed = vars(parser.parse_args(argv))
     given = {word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
@@ -162,16 +169,6 @@ def parse_settings(kind: type, argv: list[str], description: str) -> tuple[Setti
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
-
-def read_json(path) -> dict:
-    """The object in a JSON file; ValueError or OSError of one line."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
 
 # ------------------------------------------------------------------------------------------ models
 
@@ -205,7 +202,7 @@ def identify(path: Path) -> str:
         return MODEL_TYPES[stated]
     shapes = {name.rpartition("blocks.1.")[2]: tuple(tensor.squeeze().shape) if "time_decay" not in name
               else tuple(tensor.shape)
-              for name, tensor in importlib.import_module("gpt").read_tensors(path)}
+              for name, tensor in read_tensors(path)}
     for name, key in (("rwkv6", "att.time_maa_x"), ("rwkv5", "att.ln_x.weight"), ("rwkv2", "att.time_mix")):
         if key in shapes:
             return name
@@ -403,11 +400,11 @@ def prepare_corpus(settings: Settings, run: Run, tokenizer=None) -> Corpus:
         tokenizer = text.load_tokenizer(place)
     ready = [Path(path) for path in settings.data if (Path(path) / "train.bin").exists()]
     if ready:
-        corpus = read_token_folder(ready[0], tokenizer, settings)
+        corpus = read_token_folder(ready[0], tokenizer)
     else:
         files = text.find_files(settings.data) if settings.data else standard_library()
-        known = f"bpe {settings.vocab}" if tokenizer is None else json.dumps(
-            {name: hashlib.blake2b(data).hexdigest() for name, data in sorted(tokenizer.files().items())})
+        known = f"bpe {settings.vocab}" if not place else json.dumps(
+            {name: hashlib.blake2b(data).hexdigest() for name, data in tokenizer.files().items()})
         key = digest(files, known, str(settings.split_seed))
         folder = Path(settings.out or "out/x").parent / "data" / key
         if not (folder / "done.json").exists():
@@ -415,7 +412,7 @@ def prepare_corpus(settings: Settings, run: Run, tokenizer=None) -> Corpus:
         size = sum(path.stat().st_size for _, path in files)
         what = ", ".join(settings.data) if settings.data else "the source of Python's standard library"
         run.say(f"data       {what}: {len(files)} files, {size / 1e6:.1f} MB")
-        corpus = read_token_folder(folder, tokenizer, settings)
+        corpus = read_token_folder(folder, tokenizer)
         corpus.key = key
     if run.rank == 0 and run.world > 1:
         dist.barrier()
@@ -451,7 +448,7 @@ def pack_corpus(files, tokenizer, folder: Path, settings: Settings, run: Run) ->
     os.replace(folder / "done.json.part", folder / "done.json")
 
 
-def read_token_folder(folder: Path, tokenizer, settings: Settings) -> Corpus:
+def read_token_folder(folder: Path, tokenizer) -> Corpus:
     """A folder with train.bin and val.bin: ours, or nanoGPT's (then the tokenizer must be named)."""
     if tokenizer is None and (folder / "tokenizer_config.json").exists():
         tokenizer = text.load_tokenizer(folder)
@@ -537,7 +534,7 @@ def piece_loss(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tens
     logits = model.logits(hidden[None])[0].float()                      # (n, V)
     loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
     if model.L2WRAP and model.training:
-        pull = 0.5 * model.L2WRAP * logits.amax(-1)[targets != -100].square().sum()
+        pull = 0.5 * model.L2WRAP * (logits.amax(-1).square() * (targets != -100)).sum()
         loss = loss + pull - pull.detach()
     return loss
 
@@ -547,7 +544,7 @@ def validate(model, run: Run, ids: np.ndarray, context: int, first: int, limit: 
     """Nats a token over evenly spaced blocks of `ids`, about `limit` tokens; `first` precedes them."""
     context = min(context, len(ids))
     starts = np.arange(0, len(ids), context)
-    chosen = np.linspace(0, len(starts) - 1, max(1, min(len(starts), limit // context)))
+    chosen = np.linspace(0, len(starts) - 1, max(1, min(len(starts), -(-limit // context))))
     starts = starts[np.unique(chosen.astype(np.int64))][run.rank::run.world]
     was_training, total, count = model.training, 0.0, 0
     model.eval()
@@ -584,16 +581,16 @@ def activation_bytes(model_class, config, context: int, loss) -> int:
     with torch.device("meta"):
         twin = model_class(config).train()
         tokens = torch.zeros((1, context), dtype=torch.int64)
-    own, kept, alive = {id(p) for p in twin.parameters()}, {}, []
+    own, kept = {p.untyped_storage()._cdata for p in twin.parameters()}, {}
 
     def keep(tensor):
-        if id(tensor) not in own:
-            alive.append(tensor)
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage      # held, so that no other gets its address
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss(twin, {"tokens": tokens, "targets": tokens})
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -819,6 +816,9 @@ def fit(settings: Settings, run: Run, model, batches, loss, *, validate, sample,
             if stop:
                 run.say(f"stopped after step {step + 1}: go on with  python {Path(sys.argv[0]).name} --resume {run.out}")
                 raise SystemExit(128 + int(interrupt.signal or stop))
+    if start == settings.steps:                                         # all was done but publishing
+        measures = validate(model, True)
+        keep(start)
     return measures
 
 
@@ -884,7 +884,7 @@ def load_resume(out: Path) -> dict:
     """What save_resume wrote; ValueError or OSError of one line."""
     if not (out / "resume.pt").exists():
         raise FileNotFoundError(f"--resume {out}: no resume.pt there, nothing was saved yet")
-    return importlib.import_module("gpt").read_pickle(out / "resume.pt")
+    return read_pickle(out / "resume.pt")
 
 
 def resume_settings(kind: type, saved: dict, asked: Settings, given: set[str], out: Path):

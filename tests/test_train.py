@@ -1,0 +1,479 @@
+"""train.py: the run directory, resuming, data, gradients, settings."""
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toy
+from helpers import ROOT, assert_close, assert_one_line_error, run
+from torch.nn import functional as F
+
+import train
+from gpt import GPT, GPTConfig
+
+SMALL = ["--layers", "1", "--width", "32", "--context", "32", "--tokens-per-step", "128", "--vocab", "300",
+         "--steps", "6", "--device", "cpu", "--dtype", "float32", "--lr", "0.003", "--workers", "1"]
+ALONE = train.Run(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Thirty small documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    for i in range(30):
+        names = ["".join(rng.choices("aeiouhklmnprst", k=rng.randint(2, 7))) for _ in range(20)]
+        lines = [f"def {name}(x):\n    return x * {rng.choice(names)} + {i}\n" for name in names]
+        (folder / f"part_{i}.py").write_text("\n".join(lines))
+    return folder
+
+
+def start(corpus, out, *more):
+    """Run the script inside this process."""
+    train.main([*SMALL, "--data", str(corpus), "--out", str(out), *map(str, more)])
+    return Path(out)
+
+
+def weights(out):
+    return (Path(out) / "model.safetensors").read_bytes()
+
+
+def events(out, key):
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return {event["step"]: event[key] for event in lines if key in event}
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """A run of six steps."""
+    return start(corpus, tmp_path_factory.mktemp("runs") / "whole")
+
+
+# --- a run and its directory ---
+
+def test_a_run_directory_is_complete_and_loads(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "resume.pt",
+            "generation_config.json", "settings.json", "log.jsonl"} <= names
+    assert not [name for name in names if name.endswith((".part", ".tmp"))]
+    model, tokenizer = train.load_checkpoint(finished), train.text.load_tokenizer(finished)
+    assert model.config.vocab_size == tokenizer.vocab_size == 300
+    [new] = model.generate([tokenizer.encode("def ")], 5, seed=0)
+    assert len(new) <= 28 and tokenizer.decode(new)
+    assert list(events(finished, "loss")) == [1, 2, 3, 4, 5, 6]
+    assert {"gzip", "xz", "bits_per_byte"} <= json.loads((finished / "log.jsonl").read_text().splitlines()[-1]).keys()
+
+
+def test_transformers_opens_a_run_directory_to_the_same_logits_and_ids(finished):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(finished).eval()
+    tokens = torch.arange(20)[None]
+    assert_close(train.load_checkpoint(finished)(tokens), theirs(tokens).logits, 1e-5)
+    text = "def name(x):\n    return 'é' + '👋'\n"
+    ids = train.text.load_tokenizer(finished).encode(text)
+    assert transformers.AutoTokenizer.from_pretrained(finished).encode(text) == ids
+
+
+def test_the_loss_falls(corpus, tmp_path):
+    losses = list(events(start(corpus, tmp_path / "run", "--steps", 60), "loss").values())
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+
+
+def test_a_second_run_overwrites_nothing(corpus, finished, tmp_path, monkeypatch):
+    before = weights(finished)
+    with pytest.raises(SystemExit) as stopped:
+        start(corpus, finished)
+    assert stopped.value.code == 2 and weights(finished) == before
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt", "gpt-2"):
+        train.main([*SMALL, "--steps", "1", "--data", str(corpus)])
+        assert (tmp_path / "out" / name / "model.safetensors").exists()
+
+
+def test_settings_json_repeats_a_run_to_the_same_bits(finished, corpus, tmp_path):
+    train.main(["--settings", str(finished / "settings.json"), "--out", str(tmp_path / "again")])
+    assert weights(tmp_path / "again") == weights(finished)
+
+
+def test_init_from_goes_on_with_a_checkpoint_and_its_tokenizer(finished, corpus, tmp_path, capsys):
+    train.main(["--init-from", str(finished), "--eval-only", "--data", str(corpus), "--context", "32",
+                "--dtype", "float32"])
+    bits = events(finished, "bits_per_byte")[6]
+    assert f"bits_per_byte {bits:.4f}" in capsys.readouterr().out
+    train.main(["--init-from", str(finished), "--data", str(corpus), "--context", "32", "--steps", "2",
+                "--tokens-per-step", "128", "--out", str(tmp_path / "more")])
+    assert events(tmp_path / "more", "loss")[1] < events(finished, "loss")[1]
+
+
+def test_the_default_data_is_the_source_of_the_standard_library():
+    files = train.standard_library()
+    names = [name for name, _ in files]
+    assert {"argparse.py", "json/decoder.py"} <= set(names) and len(names) > 300
+    assert not [name for name in names if "site-packages" in name or name.startswith(("test/", "encodings/"))]
+
+
+# --- resuming ---
+
+def test_resume_after_kill_at_any_moment_gives_the_same_bits(corpus, finished, tmp_path):
+    """kill -9 again and again, while every step saves, until the run is through."""
+    out, command = tmp_path / "run", [sys.executable, "train.py"]
+    arguments, kills = [*SMALL, "--data", str(corpus), "--out", str(out), "--save-minutes", "0"], 0
+    for pause in (0.05, 0.0, 0.12, None):
+        if (out / "resume.pt").exists():
+            arguments = ["--resume", str(out)]
+        process = subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                                   stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if pause is None:
+            output = process.communicate(timeout=200)[0]
+            assert process.returncode == 0, output
+        else:
+            while not (line := process.stdout.readline()).startswith("step ") and line:
+                pass
+            time.sleep(pause)
+            process.kill()
+            process.communicate()
+            kills += 1
+            if not (out / "resume.pt").exists():
+                shutil.rmtree(out)           # killed before the first save: the run starts anew
+    assert kills == 3 and weights(out) == weights(finished)
+    assert events(out, "loss") == events(finished, "loss")
+
+
+def test_sigterm_saves_and_says_how_to_go_on(corpus, finished, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *SMALL, "--data", str(corpus), "--out", str(out), "--steps", "2000"],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not process.stdout.readline().startswith("step "):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"--resume {out}" in output and (out / "resume.pt").exists()
+
+
+def test_a_half_written_save_does_no_harm(finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    (out / "resume.pt.part").write_bytes(b"half")
+    (out / "model.safetensors").write_bytes(b"half")                   # readers' files are never read back
+    train.main(["--resume", str(out)])
+    assert events(out, "loss") == events(finished, "loss")
+    assert weights(out) == weights(finished) and not (out / "resume.pt.part").exists()
+
+
+def test_resume_refuses_what_would_change_the_result(finished, corpus, tmp_path):
+    for flags, word in ((["--lr", "1"], "--lr"), (["--steps", "9"], "--steps"), (["--seed", "7"], "--seed")):
+        assert_one_line_error(run("train.py", "--resume", finished, *flags), word, "would change the result")
+    changed = shutil.copytree(corpus, tmp_path / "corpus")
+    out = start(changed, tmp_path / "run", "--steps", 2)
+    (changed / "part_3.py").write_text("new = 1\n")
+    assert_one_line_error(run("train.py", "--resume", out), "data have changed")
+    (out / "resume.pt").write_bytes((out / "resume.pt").read_bytes()[:1000])
+    assert_one_line_error(run("train.py", "--resume", out), "damaged")
+
+
+@pytest.mark.parametrize("steps", [5])
+def test_a_recurrent_model_trains_and_resumes_through_the_same_script(corpus, tmp_path, monkeypatch, steps):
+    monkeypatch.setitem(train.MODELS, "toy", ("toy", "Toy"))
+    monkeypatch.setitem(train.MODEL_TYPES, "toy", "toy")
+    whole = start(corpus, tmp_path / "whole", "--model", "toy", "--steps", steps)
+    fit = train.fit
+
+    def stop_in_the_middle(settings, run, *rest, save, **more):
+        def save_and_stop(state):
+            save(state)
+            if state["step"] == 2:
+                raise KeyboardInterrupt
+        return fit(settings, run, *rest, save=save_and_stop, **more)
+    monkeypatch.setattr(train, "fit", stop_in_the_middle)
+    with pytest.raises(SystemExit):
+        start(corpus, tmp_path / "cut", "--model", "toy", "--steps", steps, "--save-minutes", 0)
+    monkeypatch.setattr(train, "fit", fit)
+    train.main(["--resume", str(tmp_path / "cut")])
+    for name, tensor in train.load_checkpoint(whole).state_dict().items():
+        assert torch.equal(tensor, train.load_checkpoint(tmp_path / "cut").state_dict()[name]), name
+    assert isinstance(train.load_checkpoint(whole), toy.Toy)
+
+
+# --- several processes ---
+
+def test_two_processes_equal_one(corpus, finished, tmp_path):
+    out = tmp_path / "two"
+    done = run("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29591", "train.py",
+               *SMALL, "--data", corpus, "--out", out, "--micro-batch", "1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert events(out, "loss") == pytest.approx(events(finished, "loss"), rel=1e-5)
+    ours, theirs = train.load_checkpoint(out).state_dict(), train.load_checkpoint(finished).state_dict()
+    for name in ours:
+        assert_close(ours[name], theirs[name], 1e-3, name)
+    assert done.stdout.count("step 6/6") == 1                           # only rank 0 speaks
+
+
+# --- data ---
+
+def test_every_token_is_a_target_once_an_epoch_in_an_order_of_the_seed():
+    ids = np.arange(1000, dtype=np.uint16)
+    for world in (1, 2, 3):
+        batches = [train.Batches(ids, 32, 8, 3, 5, train.Run(ALONE.device, ALONE.dtype, rank, world))
+                   for rank in range(world)]
+        seen = []
+        for step in range(4):                                          # 32 sequences: one epoch
+            for part in (part for one in batches for part in one(step)):
+                targets = part["targets"]
+                seen += targets[targets != -100].tolist()
+                inside = targets != -100
+                assert torch.equal(part["tokens"][inside] + 1, targets[inside])
+        assert sorted(seen) == list(range(1, 1000)), world
+    one = train.Batches(ids, 32, 8, 3, 5, ALONE)
+    assert torch.equal(one(7)[0]["tokens"], train.Batches(ids, 32, 8, 3, 5, ALONE)(7)[0]["tokens"])
+    assert not torch.equal(one(0)[0]["tokens"], train.Batches(ids, 32, 8, 3, 6, ALONE)(0)[0]["tokens"])
+    assert not torch.equal(one(0)[0]["tokens"], one(4)[0]["tokens"])    # another order each epoch
+
+
+def test_a_corpus_shorter_than_the_context_is_one_short_sequence():
+    batches = train.Batches(np.arange(10, dtype=np.uint16), 512, 1, 1, 0, ALONE)
+    assert batches(0)[0]["tokens"].shape == (1, 9)
+
+
+def test_validation_reads_every_token_once():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.sized(1, 32, 50, 16)).eval()
+    ids = torch.randint(50, (70,)).numpy().astype(np.uint16)
+    want, before = 0.0, [0, *ids[:-1].tolist()]
+    for begin in range(0, 70, 16):
+        logits = model(torch.tensor([before[begin:begin + 16]]))[0]
+        want += F.cross_entropy(logits, torch.tensor(ids[begin:begin + 16].astype(np.int64)), reduction="sum").item()
+    assert train.validate(model, ALONE, ids, 16, 0, 70) == pytest.approx(want / 70, rel=1e-5)
+
+
+def test_nanogpt_token_folders_and_jsonl_are_data(tmp_path, corpus):
+    folder = tmp_path / "nano"
+    folder.mkdir()
+    for split, text in (("train", "hello world " * 200), ("val", "hello " * 60)):
+        np.frombuffer(text.encode(), np.uint8).astype(np.uint16).tofile(folder / f"{split}.bin")
+    arguments = [a for a in SMALL if a not in ("--vocab", "300")]
+    train.main([*arguments, "--data", str(folder), "--tokenizer", "bytes", "--out", str(tmp_path / "a")])
+    assert events(tmp_path / "a", "loss")
+    lines = [json.dumps({"text": f"line {i} says {i * i} and more"}) for i in range(200)]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    train.main([*SMALL, "--data", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "b")])
+    assert events(tmp_path / "b", "bits_per_byte")
+    assert_one_line_error(run("train.py", "--data", folder), "no tokenizer")
+
+
+# --- loss and gradients ---
+
+def model_and_batch():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.sized(2, 32, 61, 24))
+    tokens = torch.randint(61, (6, 24))
+    targets = torch.randint(61, (6, 24))
+    targets[0, 5:] = -100                                              # rows of unequal worth
+    targets[3, :20] = -100
+    return model, tokens, targets
+
+
+def test_accumulated_gradients_equal_those_of_the_large_batch():
+    model, tokens, targets = model_and_batch()
+    settings = train.Settings(tokens_per_step=144)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    logits = model(tokens)
+    want = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    want.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for size in (1, 2, 4, 6):
+        model.zero_grad()
+        parts = [{"tokens": t, "targets": y} for t, y in zip(tokens.split(size), targets.split(size))]
+        mean, count = train.gradients(settings, ALONE, model, parts, train.next_token_loss, scaler)
+        assert mean == pytest.approx(want.item(), rel=1e-6) and count == (targets != -100).sum()
+        for name, parameter in model.named_parameters():
+            assert_close(parameter.grad, grads[name], 1e-5, name)
+
+
+def test_the_loss_in_pieces_equals_the_loss_at_once():
+    model, tokens, targets = model_and_batch()
+    whole, count = train.next_token_loss(model, {"tokens": tokens, "targets": targets})
+    whole.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.config = GPTConfig.sized(2, 32, (1 << 26) // 10, 24)          # as if a piece had 10 positions
+    pieces, again = train.next_token_loss(model, {"tokens": tokens, "targets": targets})
+    pieces.backward()
+    assert pieces.item() == pytest.approx(whole.item(), rel=1e-6) and count == again
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, grads[name], 1e-5, name)
+
+
+def test_l2wrap_adds_its_gradient_and_no_loss():
+    model = toy.Toy(toy.ToyConfig()).train()
+    tokens, targets = torch.randint(64, (2, 9)), torch.randint(64, (2, 9))
+    logits = model(tokens)
+    plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    official = plain + 0.5e-4 * logits.amax(-1).square().sum()          # gradient: 1e-4 * largest logit
+    want = torch.autograd.grad(official, list(model.parameters()))
+    loss, _ = train.next_token_loss(model, {"tokens": tokens, "targets": targets})
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    for got, grad in zip(torch.autograd.grad(loss, list(model.parameters())), want):
+        assert_close(got, grad, 1e-5)
+    model.eval()
+    loss, _ = train.next_token_loss(model, {"tokens": tokens, "targets": targets})
+    assert not torch.allclose(torch.autograd.grad(loss, model.head.weight)[0], want[-2], rtol=1e-6, atol=0)
+
+
+def test_the_optimizer_honours_the_model():
+    optimizer = train.make_optimizer(train.Settings(weight_decay=0.3), toy.Toy(toy.ToyConfig()))
+    first, second = optimizer.param_groups
+    assert (first["weight_decay"], second["weight_decay"], second["lr_scale"]) == (0.3, 0.0, 2.0)
+    assert first["betas"] == (0.8, 0.9) and first["eps"] == 1e-6
+
+
+def test_checkpointed_activations_change_nothing_but_memory():
+    model, tokens, targets = model_and_batch()
+    batch = {"tokens": tokens, "targets": targets}
+    train.next_token_loss(model, batch)[0].backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    train.checkpoint_blocks(model)
+    train.next_token_loss(model, batch)[0].backward()
+    for parameter, grad in zip(model.parameters(), grads):
+        assert torch.equal(parameter.grad, grad)
+
+
+def test_the_estimate_counts_what_autograd_keeps():
+    config = GPTConfig.sized(2, 32, 61, 24)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    model, tokens = GPT(config), torch.zeros(1, 24, dtype=torch.int64)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = train.next_token_loss(model, {"tokens": tokens, "targets": tokens})
+    real = sum(size for pointer, size in kept.items() if pointer not in own)
+    assert train.activation_bytes(GPT, config, 24, train.next_token_loss) == pytest.approx(real, rel=0.15), loss
+
+
+# --- robust steps ---
+
+def steps_with(loss, steps=30, **changes):
+    model, tokens, targets = model_and_batch()
+    settings = train.Settings(steps=steps, tokens_per_step=144, lr=1e-3, warmup=0, eval_every=10**6,
+                              sample_every=10**6, **changes)
+    batch = [{"tokens": tokens, "targets": targets}]
+    saved = []
+    train.fit(settings, ALONE, model, lambda step: batch, loss, validate=lambda model, last: {},
+              sample=lambda model: "", save=saved.append)
+    return model, saved
+
+
+def test_a_step_without_a_finite_loss_is_skipped(capsys):
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        nats, count = train.next_token_loss(model, batch)
+        return (nats * math.nan if len(calls) == 2 else nats), count
+    model, saved = steps_with(loss, steps=4)
+    assert "step 2: loss nan" in capsys.readouterr().out
+    assert all(p.isfinite().all() for p in model.parameters()) and saved[-1]["step"] == 4
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run_and_name_the_last_good_one():
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        nats, count = train.next_token_loss(model, batch)
+        return (nats * math.inf if len(calls) > 3 else nats), count
+    with pytest.raises(ValueError, match="step 3"):
+        steps_with(loss)
+
+
+def test_a_compiler_that_fails_costs_one_line(monkeypatch, capsys):
+    def broken(*arguments, **more):
+        raise RuntimeError("no compiler\nat all")
+    monkeypatch.setattr(torch, "compile", broken)
+    steps_with(train.next_token_loss, steps=2, compile="on")
+    assert "does not work here" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_step_equals_an_eager_one_and_leaves_no_trace():
+    eager, _ = steps_with(train.next_token_loss, steps=3)
+    fast, saved = steps_with(train.next_token_loss, steps=3, compile="on")
+    assert not [name for name in saved[-1]["model"] if "_orig_mod" in name]
+    for name, parameter in fast.named_parameters():
+        assert_close(parameter, eager.get_parameter(name), 2e-3, name)
+
+
+def test_out_of_memory_answers_with_the_next_smaller_setting(corpus, tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    monkeypatch.setattr(train, "gradients", full)
+    for flags, answer in (([], "--micro-batch 2"), (["--micro-batch", "1"], "--checkpoint-activations"),
+                          (["--micro-batch", "1", "--checkpoint-activations"], "--context 16")):
+        with pytest.raises(SystemExit) as stopped:
+            start(corpus, tmp_path / str(len(flags)), *flags)
+        assert stopped.value.code == 2 and answer in capsys.readouterr().err
+
+
+# --- settings ---
+
+@pytest.mark.parametrize("flags, words", [
+    (["--stepz", "3"], ["--stepz", "--steps"]), (["--steps", "x"], ["--steps", "int", "'x'"]),
+    (["--steps=0"], ["--steps", "0", "at least 1"]), (["--lr", "nan"], ["--lr"]),
+    (["--model", "bert"], ["bert", "gpt"]), (["--compile", "maybe"], ["maybe", "auto"]),
+    (["--final_lr", "2"], ["--final-lr", "at most 1"]), (["--data", "/no/such"], ["/no/such"]),
+    (["--device", "cpu", "--dtype", "float16"], ["float16", "bfloat16"]), (["--settings", "/no/such.json"], ["/no/such.json"]),
+    (["--layers", "2", "--size", "gpt2"], ["--size"]), (["--init-from", "/no/such"], ["/no/such"]),
+    (["--resume", "/no/such"], ["/no/such"])])
+def test_a_wrong_setting_is_one_line_and_status_2(flags, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(flags)
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and "\n" not in error
+    assert all(word in error for word in words), error
+
+
+def test_a_wrong_size_or_config_field_is_named(corpus, tmp_path, capsys):
+    for flags, word in ((["--config", "n_heads=2"], "n_head"), (["--config", "n_head=x"], "n_head"),
+                        (["--config", "n_head"], "field=value")):
+        with pytest.raises(SystemExit) as stopped:
+            start(corpus, tmp_path / "run", *flags)
+        assert stopped.value.code == 2 and word in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_take_equals_signs_underscores_and_none(corpus):
+    settings, given = train.parse_settings(train.Settings, ["--weight_decay=0.2", "--eval-only", "--data", "a", "b"], "")
+    assert (settings.weight_decay, settings.eval_only, settings.data) == (0.2, True, ["a", "b"])
+    assert given == {"weight_decay", "eval_only", "data"}
+
+
+def test_help_shows_every_flag_with_default_and_meaning():
+    shown = " ".join(run("train.py", "--help").stdout.split())
+    for name, spec in train.Settings.__dataclass_fields__.items():
+        assert "--" + name.replace("_", "-") in shown
+        assert " ".join(spec.metadata["help"].split())[:20] in shown, name
+
+
+def test_minutes_plan_the_number_of_steps(corpus, tmp_path):
+    settings = train.Settings(minutes=1.0, tokens_per_step=144)
+    model, tokens, targets = model_and_batch()
+    train.fill_schedule(settings, ALONE, model, lambda step: [{"tokens": tokens, "targets": targets}], train.next_token_loss)
+    assert settings.steps >= 1 and settings.warmup == settings.steps // 10
+
+
+def test_importing_train_does_nothing(tmp_path):
+    done = run("-c", "import sys; sys.path.insert(0, %r); import train" % str(ROOT), cwd=tmp_path)
+    assert done.returncode == 0 and not done.stdout and not list(tmp_path.iterdir())
