@@ -4,13 +4,13 @@ With no argument it reads the source of Python's standard library, trains a toke
 small GPT, shows what it does, and leaves a run directory (out/gpt) that `python gpt.py out/gpt`
 talks to and transformers opens. Every setting is a flag: see `python train.py --help`.
 
-From the top: settings; the list of models; device and precision; data; loss; memory; the loop,
-`fit`; a run directory; `main`. finetune.py and chat.py import what they need from here.
+From the top: settings; models; this process; data; loss; memory; the loop, `fit`; the run
+directory; `main`. finetune.py and chat.py import what they need from here.
 
 The recipe is stated in tokens per step: the script derives how many sequences go through the model
 at once and how often gradients are accumulated, on one process or on many (torchrun). Parameters
-are fp32 and computed with under autocast. Everything random is drawn from the seed and the step's
-number alone, so a resumed run gives the same bits.
+are fp32 and computed with under autocast. Everything random is drawn from the seed and the number
+of the step alone, so a resumed run gives the same bits.
 """
 import argparse
 import contextlib
@@ -24,11 +24,11 @@ import lzma
 import math
 import os
 import re
-import shutil
 import signal
 import statistics
 import sys
 import sysconfig
+import tempfile
 import time
 import typing
 from dataclasses import dataclass, field
@@ -49,54 +49,58 @@ STARTED = time.time()
 
 
 def flag(default, meaning: str, **limits):
-    """A field of the settings: its default, its line in --help, and what values are possible."""
-    made = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    """A field of the settings: its default, its line in --help, and the values it can have."""
+    made = {"default_factory": list} if default == [] else {"default": default}
     return field(metadata={"help": meaning, **limits}, **made)
 
 
 @dataclass
 class Settings:
-    """What was asked. Fields are flags; None means: decided by the script, which says what it chose."""
+    """What is asked. Each field is a flag; None: the script decides, and says what and why."""
     model: str = flag("gpt", "which architecture", choices="models")
     size: str | None = flag(None, "a published size of it, by its name in SIZES")
-    layers: int | None = flag(None, "number of blocks (default 4)", low=1)
-    width: int | None = flag(None, "channels of the residual stream (default 256)", low=1)
-    context: int | None = flag(None, "length of training sequences in tokens (default 256)", low=2)
-    config: list[str] = flag([], "config fields as field=value, for all that has no flag of its own")
-    data: list[str] = flag([], "files, folders or patterns of text, .jsonl with \"text\", or a folder "
-                               "with train.bin and val.bin (default: Python's standard library)")
-    tokenizer: str | None = flag(None, "folder, file or name of a tokenizer (default: train one)")
-    vocab: int | None = flag(None, "vocabulary of a trained tokenizer, specials included (default 4096)", low=257)
+    layers: int | None = flag(None, "number of blocks (default: 2)", low=1)
+    width: int | None = flag(None, "channels of the residual stream (default: 192)", low=1)
+    context: int | None = flag(None, "tokens in a training sequence (default: 256; with --size or "
+                                     "--init-from the model's, 1024 at most)", low=2)
+    config: list[str] = flag([], "config fields as field=value, for what has no flag of its own")
+    data: list[str] = flag([], "text files, .jsonl with \"text\", folders or patterns of them, or a "
+                               "folder with train.bin and val.bin (default: the standard library)")
+    tokenizer: str | None = flag(None, "folder, file or name of one (default: train a new one)")
+    vocab: int | None = flag(None, "ids of a new tokenizer, specials included (default: 4096)", low=257)
     split_seed: int = flag(0, "decides which documents are held out")
     out: str | None = flag(None, "the run directory (default: out/MODEL, then out/MODEL-2, ...)")
-    steps: int | None = flag(None, "optimiser steps (default 440)", low=1)
-    minutes: float | None = flag(None, "plan the number of steps to end after this time", low=0.05)
-    tokens_per_step: int | None = flag(None, "tokens in one step (default 2048)", low=2)
-    micro_batch: int | None = flag(None, "sequences at once on one device (default: what fits)", low=1)
-    lr: float | None = flag(None, "peak learning rate (default 0.003 * sqrt(256 / width); 0.0001 with --init-from)", above=0)
+    steps: int | None = flag(None, "optimiser steps (default: 1900)", low=1)
+    minutes: float | None = flag(None, "instead of --steps: as many as fit into this time", low=0.05)
+    tokens_per_step: int | None = flag(None, "tokens in a step (default: 1024; with --size or "
+                                             "--init-from 16384)", low=2)
+    micro_batch: int | None = flag(None, "sequences at once on a device (default: what fits)", low=1)
+    lr: float | None = flag(None, "peak learning rate (default: 0.0035 * sqrt(192 / width); with "
+                                  "--size 0.0006, with --init-from 0.0001)", above=0)
     final_lr: float = flag(0.05, "learning rate at the end, as a part of the peak", low=0, high=1)
     warmup: int | None = flag(None, "steps of linear warm-up (default: a tenth of all)", low=0)
-    weight_decay: float = flag(0.1, "decay of matrices", low=0)
+    weight_decay: float = flag(0.1, "decay of the matrices", low=0)
     clip: float = flag(1.0, "largest norm of the gradient", above=0)
-    seed: int = flag(0, "decides initial weights, order of the data and dropout", low=0)
+    seed: int = flag(0, "decides initial weights, order of the data, dropout, samples", low=0)
     device: str | None = flag(None, "cuda, mps or cpu (default: the first of them there is)")
-    dtype: str | None = flag(None, "precision of the computation", choices=("float32", "bfloat16", "float16"))
-    compile: str = flag("auto", "compile the step: auto does on CUDA", choices=("auto", "on", "off"))
-    checkpoint_activations: bool = flag(False, "save memory: recompute each block in the backward pass")
+    dtype: str | None = flag(None, "precision of the computation (default: as fast as is safe)",
+                             choices=("float32", "bfloat16", "float16"))
+    compile: str = flag("auto", "compile the step; auto does on CUDA", choices=("auto", "on", "off"))
+    checkpoint_activations: bool = flag(False, "save memory: compute blocks again when going back")
     eval_every: int | None = flag(None, "steps between validations (default: a tenth of all)", low=1)
-    eval_tokens: int = flag(32768, "tokens of a validation on the way; the last one reads all", low=1)
+    eval_tokens: int = flag(32768, "tokens of a validation on the way; the last reads all", low=1)
     sample_every: int | None = flag(None, "steps between samples (default: a quarter of all)", low=1)
     sample_prompt: str = flag("", "what samples begin with")
     save_minutes: float = flag(5.0, "minutes between saves", low=0)
-    workers: int | None = flag(None, "processes that pack text (default: one a core)", low=1)
+    workers: int | None = flag(None, "processes that pack text (default: as many as pay)", low=1)
     init_from: str | None = flag(None, "start from this checkpoint, with its tokenizer")
     resume: str | None = flag(None, "go on with this run directory, to the same bits")
-    eval_only: bool = flag(False, "validate and stop; nothing is written but the token cache")
-    settings: str | None = flag(None, "read settings from this file (a run's settings.json)")
+    eval_only: bool = flag(False, "validate and stop: nothing is written but the token cache")
+    settings: str | None = flag(None, "take settings from this file (a run's settings.json)")
 
 
 HARMLESS = {"out", "resume", "settings", "workers", "eval_every", "eval_tokens", "sample_every",
-            "sample_prompt", "save_minutes"}           # they do not change the weights
+            "sample_prompt", "save_minutes"}           # these do not change the weights
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,8 +116,9 @@ class Parser(argparse.ArgumentParser):
 
 def value_type(spec: dataclasses.Field) -> type:
     """int, float, str, bool or list: what the field holds if it is not None."""
-    kinds = [kind for kind in typing.get_args(spec.type) or [spec.type] if kind is not type(None)]
-    return list if typing.get_origin(spec.type) is list else kinds[0]
+    if typing.get_origin(spec.type) is list:
+        return list
+    return next(kind for kind in (*typing.get_args(spec.type), spec.type) if kind is not type(None))
 
 
 def convert(spec: dataclasses.Field, value):
@@ -144,31 +149,29 @@ def parse_settings(kind: type, argv: list[str], description: str) -> tuple[Setti
     """The settings of a command line, and the names of those that were given there."""
     parser = Parser(description=description, allow_abbrev=False)
     specs = {spec.name: spec for spec in dataclasses.fields(kind)}
+    defaults = {name: [] if value_type(spec) is list else spec.default for name, spec in specs.items()}
     for name, spec in specs.items():
-        shape = {bool: {"action": "store_true"}, list: {"nargs": "+"}}.get(value_type(spec), {})
-        if value_type(spec) is not bool:
-            shape["metavar"] = "|".join(spec.metadata["choices"]) if isinstance(
-                spec.metadata.get("choices"), tuple) else value_type(spec).__name__.upper()
-        default = f" (default: {spec.default})" if spec.default not in (None, False, "") and \
-            spec.default is not dataclasses.MISSING else ""
-        parser.add_argument("--" + name.replace("_", "-"), help=spec.metadata["help"] + default, **shape)
-    argv = [re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), word) for word in argv]
+        holds, choices = value_type(spec), spec.metadata.get("choices")
+        shape = {"action": "store_true"} if holds is bool else {"metavar": holds.__name__.upper()}
+        if holds is list:
+            shape["nargs"] = "+"
+        if isinstance(choices, tuple):
+            shape["metavar"] = "|".join(choices)
+        shown = "" if defaults[name] in (None, False, "", []) else f" (default: {defaults[name]})"
+        parser.add_argument("--" + name.replace("_", "-"), help=spec.metadata["help"] + shown, **shape)
+    argv = [re.sub(r"^--[\w-]+", lambda match: match[0].replace("_", "-"), word) for word in argv]
     parsed = vars(parser.parse_args(argv))
     given = {word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
+    given &= set(specs)
     try:
-        values = {name: spec.default if spec.default is not dataclasses.MISSING else []
-                  for name, spec in specs.items()}
-        if parsed["settings"]:
-            stated = read_json(parsed["settings"])
-            if set(stated) - set(specs):
-                raise ValueError(f"{parsed['settings']} has unknown settings: "
-                                 + ", ".join(sorted(set(stated) - set(specs))))
-            values.update(stated)
-        values.update({name: parsed[name] for name in given & set(specs)})
+        stated = read_json(parsed["settings"]) if parsed["settings"] else {}
+        if set(stated) - set(specs):
+            raise ValueError(f"{parsed['settings']} has unknown settings: "
+                             + ", ".join(sorted(set(stated) - set(specs))))
+        values = {**defaults, **stated, **{name: parsed[name] for name in given}}
         return kind(**{name: convert(specs[name], value) for name, value in values.items()}), given
     except (ValueError, OSError) as error:
         parser.error(str(error))
-
 
 # ------------------------------------------------------------------------------------------ models
 
@@ -177,7 +180,7 @@ MODELS = {"gpt": ("gpt", "GPT"), "llama3": ("llama3", "Llama3"), "glm4": ("glm4"
           "rwkv6": ("rwkv6", "RWKV6"),
           **{f"rwkv{n}": (f"lineage.rwkv{n}", f"RWKV{n}") for n in (2, 3, 4, 5)}}
 MODEL_TYPES = {"gpt2": "gpt", "llama": "llama3", "chatglm": "glm4", "glm": "glm4", "glm4": "glm4",
-               **{f"rwkv{n}": f"rwkv{n}" for n in (2, 3, 4, 5, 6)}}      # config.json -> ours
+               **{f"rwkv{n}": f"rwkv{n}" for n in (2, 3, 4, 5, 6)}}      # of config.json -> ours
 
 
 def model_parts(name: str):
@@ -189,40 +192,36 @@ def model_parts(name: str):
 
 def identify(path: Path) -> str:
     """Which of our models a checkpoint is: its config tells, or the names of its tensors."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or folder")
     folder = path if path.is_dir() else path.parent
-    if path.suffix == ".pt" or (folder / "ckpt.pt").exists():
+    if path.suffix == ".pt" or (path / "ckpt.pt").exists():
         return "gpt"
-    if (folder / "params.json").exists():
+    if (folder / "params.json").exists() and not (folder / "config.json").exists():
         return "llama3"
     if (folder / "config.json").exists() and path.suffix != ".pth":
         stated = read_json(folder / "config.json").get("model_type")
         if stated not in MODEL_TYPES:
-            raise ValueError(f"{folder}/config.json is of model_type {stated!r}: none of "
+            raise ValueError(f"{folder}/config.json is of model_type {stated!r}, none of "
                              + ", ".join(MODEL_TYPES))
         return MODEL_TYPES[stated]
-    shapes = {name.rpartition("blocks.1.")[2]: tuple(tensor.squeeze().shape) if "time_decay" not in name
-              else tuple(tensor.shape)
-              for name, tensor in read_tensors(path)}
-    for name, key in (("rwkv6", "att.time_maa_x"), ("rwkv5", "att.ln_x.weight"), ("rwkv2", "att.time_mix")):
+    shapes = {re.sub(r".*blocks\.\d+\.", "", name): tuple(t.shape) for name, t in read_tensors(path)}
+    for name, key in (("rwkv6", "att.time_maa_x"), ("rwkv5", "att.ln_x.weight"),
+                      ("rwkv2", "att.time_mix")):
         if key in shapes:
             return name
     if "att.time_mix_k" in shapes:
-        return "rwkv3" if len(shapes["att.time_decay"]) == 2 else "rwkv4"
-    raise ValueError(f"{path} is no checkpoint of a model of ours: neither config.json nor its tensors tell")
+        return "rwkv3" if len(shapes.get("att.time_decay", ())) == 2 else "rwkv4"
+    raise ValueError(f"{path}: neither a config.json nor its tensors tell a model of ours")
 
 
 def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrides):
     """The model in a checkpoint, whichever of ours it is: a folder, a file, or a repository's id."""
     path = Path(path)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):
-        try:
+        with contextlib.suppress(ImportError):          # without the package it is a missing folder
             from huggingface_hub import snapshot_download
             path = Path(snapshot_download(path.as_posix()))
-        except ImportError:
-            raise FileNotFoundError(f"{path} does not exist; if it is a repository's id: "
-                                    "pip install huggingface_hub") from None
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
     return model_parts(identify(path))[0].from_pretrained(path, device, dtype, **overrides)
 
 
@@ -231,21 +230,22 @@ def config_values(config_class: type, assignments: list[str]) -> dict:
     known, values = {spec.name for spec in dataclasses.fields(config_class)}, {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
-        if not equals or name not in known:
+        if not equals:
+            raise ValueError(f"--config takes field=value, not {assignment!r}")
+        if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise ValueError(f"--config {assignment}: {config_class.__name__} has no field {name}"
-                             + (f", but {near[0]}" if near else "") if equals else
-                             f"--config takes field=value, not {assignment!r}")
+                             + (f", but {near[0]}" if near else ""))
         try:
-            values[name] = json.loads(value)
+            value = json.loads(value)
         except ValueError:
-            values[name] = value
-        values[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
+            pass
+        values[name] = tuple(value) if isinstance(value, list) else value
     return values
 
 
 def open_model(settings: Settings, tokenizer):
-    """(model class, config, model or None): what is to be trained. Only --init-from has weights yet."""
+    """(class, config, model or None): what to train. Only --init-from has weights already."""
     model_class, config_class, sizes = model_parts(settings.model)
     values, model = config_values(config_class, settings.config), None
     if settings.init_from:
@@ -260,13 +260,11 @@ def open_model(settings: Settings, tokenizer):
             "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
             "eos_ids": (tokenizer.end_id,), "pad_id": None, **values})
     if config.vocab_size < tokenizer.vocab_size:
-        raise ValueError(f"the model has {config.vocab_size} ids, the tokenizer {tokenizer.vocab_size}: "
-                         "it needs its own tokenizer")
-    if config.context is not None and settings.context > config.context:
-        raise ValueError(f"--context {settings.context}: the model has a context of {config.context}")
+        raise ValueError(f"the model has {config.vocab_size} ids, the tokenizer "
+                         f"{tokenizer.vocab_size}: it needs its own tokenizer")
     return model_class, config, model
 
-# ------------------------------------------------------------------------------ machine and process
+# ------------------------------------------------------------------------------------ this process
 
 
 @dataclass
@@ -276,15 +274,16 @@ class Run:
     dtype: torch.dtype                       # of the computation: parameters are fp32
     rank: int = 0
     world: int = 1
-    out: Path | None = None                  # the run directory
+    out: Path | None = None                  # the run directory, on rank 0
 
     def say(self, *words) -> None:
+        """Print on rank 0."""
         if self.rank == 0:
             print(*words, flush=True)
 
     def log(self, **event) -> None:
         """One line of log.jsonl."""
-        if self.rank == 0 and self.out is not None:
+        if self.out is not None:
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
 
@@ -292,8 +291,7 @@ class Run:
         """Each number added up over all processes."""
         if self.world == 1:
             return list(numbers)
-        total = torch.tensor(numbers, dtype=torch.float64,
-                             device=self.device if self.device.type == "cuda" else "cpu")
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 
@@ -303,33 +301,36 @@ class Run:
 
 
 def start_run(settings: Settings) -> Run:
-    """Choose device and precision, join the other processes if torchrun started this one."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """Choose device and precision; join the other processes if torchrun started this one."""
+    best = ("cuda" if torch.cuda.is_available()
+            else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(settings.device or best)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {settings.device} does not work here: {str(error).splitlines()[0]}") from None
-    run = Run(device, torch.float32, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    if run.world > 1:
+        raise ValueError(f"--device {settings.device} does not work here: "
+                         + str(error).splitlines()[0][:150]) from None
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
         if device.type == "cuda":
-            run.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(run.device)
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    why = "asked for" if settings.device else "the first there is of cuda, mps, cpu"
-    run.say(f"device     {run.device}: {why}" + (f"; {run.world} processes" if run.world > 1 else "")
-            + (f"; {torch.get_num_threads()} threads" if device.type == "cpu" else ""))
-    run.dtype, why = choose_dtype(run.device, settings.dtype)
-    run.say(f"precision  {str(run.dtype).removeprefix('torch.')}: {why}")
-    settings.device, settings.dtype = run.device.type, str(run.dtype).removeprefix("torch.")
+    dtype, reason = choose_dtype(device, settings.dtype)
+    run = Run(device, dtype, rank, world)
+    run.say(f"device     {device}: " + ("asked for" if settings.device else "the best there is")
+            + (f"; {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+            + (f"; {world} processes" if world > 1 else ""))
+    run.say(f"precision  {str(dtype).removeprefix('torch.')}: {reason}")
+    settings.device, settings.dtype = device.type, str(dtype).removeprefix("torch.")
     return run
 
 
 def choose_dtype(device: torch.device, asked: str | None) -> tuple[torch.dtype, str]:
     """The precision of the computation, and why. Parameters and optimiser stay in fp32."""
     if asked == "float16" and device.type != "cuda":
-        raise ValueError(f"--dtype float16 on {device.type}: only CUDA has the loss scaling it needs; "
-                         "take bfloat16 or float32")
+        raise ValueError(f"--dtype float16 on {device.type}: the loss scaling it needs is there on "
+                         "CUDA only; take bfloat16 or float32")
     if asked:
         return getattr(torch, asked), "asked for"
     if device.type == "cuda":
@@ -338,15 +339,14 @@ def choose_dtype(device: torch.device, asked: str | None) -> tuple[torch.dtype, 
         return torch.float16, "this GPU has no fast bfloat16; the loss is scaled"
     if device.type != "cpu":
         return torch.float32, f"the safe choice on {device.type}"
-    a, b = torch.randn(1024, 512), torch.randn(512, 512)
-    times = {}
+    a, b, best = torch.randn(1024, 512), torch.randn(512, 512), {}
     for dtype in (torch.float32, torch.bfloat16):
         x, y = a.to(dtype), b.to(dtype)
-        times[dtype] = min(timed(lambda x=x, y=y: x @ y) for _ in range(8))
-    ratio = times[torch.float32] / times[torch.bfloat16]
-    if ratio >= 1.5:
-        return torch.bfloat16, f"a matrix product is {ratio:.1f} times as fast as in float32 on this CPU"
-    return torch.float32, f"bfloat16 brings no speed on this CPU (a matrix product: {ratio:.1f} times)"
+        best[dtype] = min(timed(lambda x=x, y=y: x @ y) for _ in range(8))
+    ratio = best[torch.float32] / best[torch.bfloat16]
+    if ratio < 1.5:
+        return torch.float32, f"on this CPU bfloat16 is {ratio:.1f} times as fast, which is not worth it"
+    return torch.bfloat16, f"on this CPU a matrix product is {ratio:.1f} times as fast as in float32"
 
 
 def timed(work) -> float:
@@ -362,21 +362,19 @@ def standard_library() -> list[tuple[str, Path]]:
     """(name, path) of the source of Python's standard library, without tests and tables."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"test", "tests", "site-packages", "dist-packages", "encodings", "pydoc_data", "idlelib",
-            "lib2to3", "__pycache__", "__phello__"}
+            "lib2to3", "__pycache__"}
     files = [(path.relative_to(root).as_posix(), path) for path in root.rglob("*.py")]
     return sorted((name, path) for name, path in files if not skip & set(name.split("/")[:-1]))
 
 
 def digest(files: list[tuple[str, Path]], *more: str) -> str:
-    """A name for these inputs: of names and contents (of very large files: size and time)."""
+    """A name for these inputs: of names and contents (of files over 256 MB: size and time)."""
     hashed = hashlib.blake2b(digest_size=8)
     for name, path in files:
         stat = path.stat()
-        hashed.update(f"{name} {stat.st_size} ".encode())
-        if stat.st_size > 1 << 28:
-            hashed.update(str(stat.st_mtime_ns).encode())
-        else:
-            hashed.update(hashlib.blake2b(path.read_bytes()).digest())
+        content = (str(stat.st_mtime_ns).encode() if stat.st_size > 1 << 28
+                   else hashlib.blake2b(path.read_bytes()).digest())
+        hashed.update(f"{name} {stat.st_size} ".encode() + content)
     hashed.update("\0".join(more).encode())
     return hashed.hexdigest()
 
@@ -401,6 +399,7 @@ def prepare_corpus(settings: Settings, run: Run, tokenizer=None) -> Corpus:
     ready = [Path(path) for path in settings.data if (Path(path) / "train.bin").exists()]
     if ready:
         corpus = read_token_folder(ready[0], tokenizer)
+        what = str(ready[0])
     else:
         files = text.find_files(settings.data) if settings.data else standard_library()
         known = f"bpe {settings.vocab}" if not place else json.dumps(
@@ -409,43 +408,42 @@ def prepare_corpus(settings: Settings, run: Run, tokenizer=None) -> Corpus:
         folder = Path(settings.out or "out/x").parent / "data" / key
         if not (folder / "done.json").exists():
             pack_corpus(files, tokenizer, folder, settings, run)
-        size = sum(path.stat().st_size for _, path in files)
-        what = ", ".join(settings.data) if settings.data else "the source of Python's standard library"
-        run.say(f"data       {what}: {len(files)} files, {size / 1e6:.1f} MB")
         corpus = read_token_folder(folder, tokenizer)
         corpus.key = key
+        what = ", ".join(settings.data) or "the source of Python's standard library"
+        what += f": {len(files)} files, {sum(path.stat().st_size for _, path in files) / 1e6:.1f} MB"
     if run.rank == 0 and run.world > 1:
         dist.barrier()
-    bytes_each = corpus.val_bytes / max(1, len(corpus.val))
-    run.say(f"tokens     {len(corpus.train):,} to train on, {len(corpus.val):,} held out "
-            f"({bytes_each:.2f} bytes a token); vocabulary {corpus.tokenizer.vocab_size}")
-    for name, ids in (("train on", corpus.train), ("validate on", corpus.val)):
+    for split, ids in (("train on", corpus.train), ("validate on", corpus.val)):
         if len(ids) < 2:
-            raise ValueError(f"{len(ids)} tokens to {name}: give more text")
+            raise ValueError(f"{what}: {len(ids)} tokens to {split}: give more text")
+    run.say(f"data       {what}")
+    run.say(f"tokens     {len(corpus.train):,} to train on, {len(corpus.val):,} held out "
+            f"({corpus.val_bytes / len(corpus.val):.2f} bytes each); "
+            f"vocabulary of {corpus.tokenizer.vocab_size}")
     return corpus
 
 
 def pack_corpus(files, tokenizer, folder: Path, settings: Settings, run: Run) -> None:
     """Fill a folder of the cache: tokenizer, train.bin, val.bin; done.json comes last."""
-    screen = run.rank == 0
     if tokenizer is None:
-        run.say(f"training a tokenizer of {settings.vocab} ids")
-        seen, limit = 0, 1 << 26             # 64 MB of text are plenty for a vocabulary
+        run.say(f"tokenizer  training one of {settings.vocab} ids")
+        seen, most = 0, 1 << 26              # 64 MB of text are plenty for a vocabulary
 
         def texts():
             nonlocal seen
             for split, piece, *_ in text.split_documents(files, settings.split_seed):
-                if split == "train" and seen < limit:
+                if split == "train" and seen < most:
                     seen += len(piece)
                     yield piece
-        tokenizer = text.train_bpe(texts(), settings.vocab - 1, progress=screen)
-    stats = text.pack(files, tokenizer, folder, settings.split_seed, settings.workers, progress=screen)
+        tokenizer = text.train_bpe(texts(), settings.vocab - 1, progress=sys.stderr.isatty())
+    stats = text.pack(files, tokenizer, folder, settings.split_seed, settings.workers,
+                      progress=sys.stderr.isatty())
     tokenizer.save(folder)
     invalid = sum(split["invalid"] for split in stats.values())
     if invalid:
         run.say(f"data       {invalid} invalid UTF-8 sequences became U+FFFD")
-    (folder / "done.json.part").write_text(json.dumps(stats) + "\n", encoding="utf-8")
-    os.replace(folder / "done.json.part", folder / "done.json")
+    write_text(folder / "done.json", json.dumps(stats) + "\n")
 
 
 def read_token_folder(folder: Path, tokenizer) -> Corpus:
@@ -454,29 +452,28 @@ def read_token_folder(folder: Path, tokenizer) -> Corpus:
         tokenizer = text.load_tokenizer(folder)
     if tokenizer is None:
         raise ValueError(f"{folder} has token files but no tokenizer: name it, as --tokenizer gpt2")
-    splits = {}
-    for split in ("train", "val"):
-        path = folder / f"{split}.bin"
+    splits = []
+    for path in (folder / "train.bin", folder / "val.bin"):
         with open(path, "rb") as file:
-            headerless = not file.read(1) == b"{"
-        splits[split] = text.open_tokens(path, tokenizer.vocab_size, headerless=headerless)
-    val, header = splits["val"]
+            ours = file.read(1) == b"{"
+        splits.append(text.open_tokens(path, tokenizer.vocab_size, headerless=not ours))
+    (train, _), (val, header) = splits
     size = header.get("bytes") or len(tokenizer.decode(val.tolist()).encode())
-    key = hashlib.blake2b(json.dumps([h for _, h in splits.values()]).encode(), digest_size=8).hexdigest()
-    return Corpus(tokenizer, splits["train"][0], val, size, key)
+    key = hashlib.blake2b(json.dumps([header for _, header in splits]).encode(), digest_size=8)
+    return Corpus(tokenizer, train, val, size, key.hexdigest())
 
 
 class Batches:
     """Sequences of a token file for each step: every token is a target once an epoch, in a new order.
 
     What a step sees depends on the seed and its number alone, whatever the number of processes. The
-    last sequence overlaps the one before it; the overlap is no target.
+    last sequence of the file overlaps the one before it; the overlap is no target.
     """
 
     def __init__(self, ids: np.ndarray, context: int, sequences: int, micro: int, seed: int, run: Run):
         self.ids, self.context, self.seed, self.run = ids, min(context, len(ids) - 1), seed, run
-        self.sequences, self.micro = sequences, micro
-        self.count = -(-(len(ids) - 1) // self.context)                 # sequences in an epoch
+        self.sequences, self.micro = sequences, micro                   # of a step; at once
+        self.count = -(-(len(ids) - 1) // self.context)                 # of an epoch
         self.epoch, self.order = -1, None
 
     def sequence(self, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -487,15 +484,6 @@ class Batches:
         targets[:i * self.context - start] = -100
         return window[:-1], targets
 
-    def __call__(self, step: int) -> list[dict[str, torch.Tensor]]:
-        """The micro-batches of a step for this process: {"tokens", "targets"}, (b, T) int64 each."""
-        mine, made = range(self.run.rank, self.sequences, self.run.world), []
-        for first in range(0, len(mine), self.micro):
-            pairs = [self.sequence(self.place(step * self.sequences + k)) for k in mine[first:first + self.micro]]
-            tokens, targets = (torch.from_numpy(np.stack(part)) for part in zip(*pairs))
-            made.append({"tokens": tokens, "targets": targets})
-        return made
-
     def place(self, index: int) -> int:
         """Which sequence of the file is the index-th of all that training sees."""
         epoch, i = divmod(index, self.count)
@@ -503,6 +491,16 @@ class Batches:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self.epoch, self.order = epoch, torch.randperm(self.count, generator=generator)
         return int(self.order[i])
+
+    def __call__(self, step: int) -> list[dict[str, torch.Tensor]]:
+        """The micro-batches of a step for this process: {"tokens", "targets"}, (b, T) int64 each."""
+        mine, made = range(self.run.rank, self.sequences, self.run.world), []
+        for first in range(0, len(mine), self.micro):
+            pairs = [self.sequence(self.place(step * self.sequences + k))
+                     for k in mine[first:first + self.micro]]
+            tokens, targets = (torch.from_numpy(np.stack(part)) for part in zip(*pairs))
+            made.append({"tokens": tokens, "targets": targets})
+        return made
 
 # -------------------------------------------------------------------------------------------- loss
 
@@ -618,9 +616,9 @@ def plan_memory(settings: Settings, run: Run, model_class, config, sequences: in
         most = max(1, min(most, 16384 // settings.context, int(room)))
         settings.micro_batch = 1 << (most.bit_length() - 1)             # a power of two
     need, gb = fixed + each * settings.micro_batch, 1 << 30
-    run.say(f"memory     about {need / gb:.2f} GB: parameters {4 * count / gb:.2f}, gradients {4 * count / gb:.2f}, "
-            f"Adam {8 * count / gb:.2f}, activations {each * settings.micro_batch / gb:.2f}"
-            + (f"; {free / gb:.1f} GB free" if free else ""))
+    run.say(f"memory     about {need / gb:.2f} GB: parameters {4 * count / gb:.2f}, gradients "
+            f"{4 * count / gb:.2f}, Adam {8 * count / gb:.2f}, activations "
+            f"{each * settings.micro_batch / gb:.2f}" + (f"; {free / gb:.1f} GB free" if free else ""))
     if free and need > free:
         run.say(f"warning    that is more than there is: try {smaller(settings)}")
 
@@ -680,7 +678,8 @@ def learning_rate(settings: Settings, step: int) -> float:
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     part = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return settings.lr * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * part)))
+    cosine = 0.5 * (1 + math.cos(math.pi * part))                       # from 1 to 0
+    return settings.lr * (settings.final_lr + (1 - settings.final_lr) * cosine)
 
 
 def compiled(settings: Settings, run: Run, model, batch, loss):
@@ -794,18 +793,18 @@ def fit(settings: Settings, run: Run, model, batches, loss, *, validate, sample,
             seconds = time.perf_counter() - begun
             speeds = [*speeds[-19:], seconds]
             left = statistics.median(speeds) * (settings.steps - step - 1)
-            run.say(f"step {step + 1:>{len(str(settings.steps))}}/{settings.steps}  loss {mean:.4f}  lr {lr:.2e}  "
-                    f"norm {norm:.2f}  {count / seconds:,.0f} tokens/s  {clock(left)} left")
+            run.say(f"step {step + 1:>{len(str(settings.steps))}}/{settings.steps}  loss {mean:.4f}  "
+                    f"lr {lr:.2e}  norm {norm:.2f}  {count / seconds:,.0f} tokens/s  {clock(left)} left")
             run.log(step=step + 1, loss=mean, lr=lr, norm=norm, tokens_per_s=count / seconds,
                     seconds=time.time() - STARTED, peak_bytes=peak_bytes(run.device), skipped=skipped)
             last = step + 1 == settings.steps
             if skipped == 10:
-                raise ValueError(f"ten steps in a row had no finite loss or gradient: the last good state is "
-                                 f"that of step {step - 9}; try a lower --lr or --dtype float32")
+                raise ValueError(f"ten steps in a row had no finite loss or gradient: the last good "
+                                 f"one was step {step - 9}; try a lower --lr, or --dtype float32")
             if last or (step + 1) % settings.eval_every == 0:
                 measures = validate(model, last)
                 run.log(step=step + 1, **measures)
-                run.say("           validation: " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
+                run.say("           validation: " + shown(measures))
             if last or (step + 1) % settings.sample_every == 0:
                 run.say(sample(model))
             stop = max(run.sum(interrupt.signal))
@@ -814,7 +813,8 @@ def fit(settings: Settings, run: Run, model, batches, loss, *, validate, sample,
                 keep(step + 1)
                 saved = time.time()
             if stop:
-                run.say(f"stopped after step {step + 1}: go on with  python {Path(sys.argv[0]).name} --resume {run.out}")
+                run.say(f"stopped after step {step + 1}; to go on:  "
+                        f"python {Path(sys.argv[0]).name} --resume {run.out}")
                 raise SystemExit(128 + int(interrupt.signal or stop))
     if start == settings.steps:                                         # all was done but publishing
         measures = validate(model, True)
@@ -822,10 +822,16 @@ def fit(settings: Settings, run: Run, model, batches, loss, *, validate, sample,
     return measures
 
 
+def shown(measures: dict[str, float]) -> str:
+    """Measures on one line."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
+
+
 def clock(seconds: float) -> str:
     """Seconds as 1:02:03 or 2:03."""
     minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 # ----------------------------------------------------------------------------------- run directory
 
@@ -875,8 +881,9 @@ def write_settings(settings: Settings, out: Path) -> None:
 def save_resume(state: dict, settings: Settings, config, tokenizer, key: str, out: Path) -> None:
     """Replace resume.pt, which is complete in itself: a kill at any moment leaves the old or the new."""
     files = {name: data.decode("latin-1") for name, data in tokenizer.files().items()}
-    torch.save({**state, "settings": dataclasses.asdict(settings), "config": dataclasses.asdict(config),
-                "tokenizer": files, "chat_format": tokenizer.chat_format, "data": key}, out / "resume.pt.part")
+    torch.save({**state, "settings": dataclasses.asdict(settings), "tokenizer": files, "data": key,
+                "config": dataclasses.asdict(config), "chat_format": tokenizer.chat_format},
+               out / "resume.pt.part")
     os.replace(out / "resume.pt.part", out / "resume.pt")
 
 
@@ -892,11 +899,17 @@ def resume_settings(kind: type, saved: dict, asked: Settings, given: set[str], o
     settings = kind(**saved)
     for name in given - {"resume"}:
         if name not in HARMLESS and getattr(asked, name) != getattr(settings, name):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(asked, name)} would change the result: "
-                             f"{out} was started with {getattr(settings, name)}")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(asked, name)} would change the "
+                             f"result: {out} was started with {getattr(settings, name)}")
         setattr(settings, name, getattr(asked, name))
     settings.resume, settings.out = str(out), str(out)
     return settings
+
+
+def logged(out: Path, name: str) -> dict[int, float]:
+    """step -> value of one measure in log.jsonl; of a repeated step, the last."""
+    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return {event["step"]: event[name] for event in map(json.loads, lines) if name in event}
 
 
 def draw_log(out: Path) -> None:
@@ -907,9 +920,7 @@ def draw_log(out: Path) -> None:
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    events = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    train = {e["step"]: e["loss"] for e in events if "loss" in e}
-    val = {e["step"]: e["val_loss"] for e in events if "val_loss" in e}
+    train, val = logged(out, "loss"), logged(out, "val_loss")
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(list(train), list(train.values()), lw=0.8, label="training")
     axes.plot(list(val), list(val.values()), "o-", label="validation")
@@ -926,7 +937,8 @@ def curve(losses: list[float], columns: int = 72, rows: int = 8) -> str:
     low, high = min(parts), max(parts)
     level = [round((p - low) / max(high - low, 1e-9) * (rows - 1)) for p in parts]
     lines = ["".join("*" if at == row else " " for at in level) for row in reversed(range(rows))]
-    return "\n".join([f"{high:8.3f} |{lines[0]}", *(f"{'':8} |{line}" for line in lines[1:-1]), f"{low:8.3f} |{lines[-1]}"])
+    marks = [f"{high:8.3f}", *[" " * 8] * (rows - 2), f"{low:8.3f}"]
+    return "\n".join(f"{mark} |{line}" for mark, line in zip(marks, lines))
 
 # -------------------------------------------------------------------------------------------- main
 
@@ -938,20 +950,25 @@ def fill_defaults(settings: Settings, given: set[str]) -> None:
         if "model" in given and settings.model != found:
             raise ValueError(f"--model {settings.model}: {settings.init_from} is {found}")
         settings.model = found
-    shaped = {"layers", "width", "size"} & {name for name in given if getattr(settings, name, None)}
-    if (settings.init_from and shaped) or len(shaped & {"size", "layers"}) == 2 or shaped == {"size", "width"}:
-        raise ValueError("--init-from, --size and --layers --width each decide the sizes: give one of them")
+    shaped = {name for name in ("layers", "width", "size") if getattr(settings, name)}
+    if shaped and (settings.init_from or "size" in shaped and len(shaped) > 1):
+        raise ValueError("--init-from, --size and --layers --width each decide the sizes: give one")
+    if settings.steps and settings.minutes:
+        raise ValueError("--steps and --minutes each decide how long it takes: give one")
     if settings.vocab and (settings.tokenizer or settings.init_from):
         raise ValueError("--vocab is for a new tokenizer: leave it out beside --tokenizer and --init-from")
     own = not (settings.init_from or settings.size)
-    settings.layers, settings.width = (settings.layers or 4, settings.width or 256) if own else (None, None)
-    settings.vocab = settings.vocab or (None if settings.tokenizer or settings.init_from else 4096)
+    if own:
+        settings.layers, settings.width = settings.layers or 2, settings.width or 192
+    if not (settings.tokenizer or settings.init_from):
+        settings.vocab = settings.vocab or 4096
     settings.context = settings.context or (256 if own else 1024)
-    settings.tokens_per_step = settings.tokens_per_step or (2048 if own else 16384)
+    settings.tokens_per_step = settings.tokens_per_step or (1024 if own else 16384)
     if settings.lr is None:
-        settings.lr = 1e-4 if settings.init_from else 3e-3 * math.sqrt(256 / settings.width) if own else 6e-4
+        settings.lr = 3.5e-3 * math.sqrt(192 / settings.width) if own else 6e-4
+        settings.lr = 1e-4 if settings.init_from else settings.lr
     if settings.steps is None and settings.minutes is None:
-        settings.steps = 440
+        settings.steps = 1900
 
 
 def fill_schedule(settings: Settings, run: Run, model, batches, loss) -> None:
@@ -966,7 +983,8 @@ def fill_schedule(settings: Settings, run: Run, model, batches, loss) -> None:
         each = run.sum(1.1 * statistics.median(seconds[1:]))[0] / run.world      # 1.1: the optimiser
         left = run.sum(60 * settings.minutes - (time.time() - STARTED))[0] / run.world
         settings.steps = max(1, int(0.9 * left / each))                          # 0.9: validation
-        run.say(f"time       {each:.2f} s a step: {settings.steps} steps in the {left:.0f} s that are left")
+        settings.minutes = None
+        run.say(f"time       {each:.2f} s a step: {settings.steps} in the {left:.0f} s that are left")
     settings.warmup = settings.steps // 10 if settings.warmup is None else settings.warmup
     settings.eval_every = settings.eval_every or max(1, settings.steps // 10)
     settings.sample_every = settings.sample_every or max(1, settings.steps // 4)
@@ -995,7 +1013,8 @@ def train(settings: Settings, given: set[str]) -> None:
         model.load_state_dict(resumed["model"])
     if settings.checkpoint_activations:
         checkpoint_blocks(model)
-    run.say(f"model      {settings.model}, {sum(p.numel() for p in model.parameters()):,} parameters: {config}")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    run.say(f"model      {settings.model}, {count:,} parameters: {config}")
 
     def check(model, last):
         nats = validate(model, run, corpus.val, settings.context, tokenizer.end_id,
@@ -1007,13 +1026,14 @@ def train(settings: Settings, given: set[str]) -> None:
         prompt = [tokenizer.end_id, *tokenizer.encode(settings.sample_prompt)]
         model.eval()
         room = (config.context or 10**6) - len(prompt)
-        [new] = model.generate([prompt], min(150, room), temperature=0.8, stop=[tokenizer.end_id], seed=0)
+        [new] = model.generate([prompt], min(150, room), temperature=0.8, stop=[tokenizer.end_id],
+                               seed=settings.seed)
         model.train()
         return "--- sample ---\n" + settings.sample_prompt + tokenizer.decode(new) + "\n---"
     rivals = compressed(corpus)
     if settings.eval_only:
         measures = check(model, True)
-        run.say("validation " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
+        run.say("validation " + shown(measures))
         return
     batches = Batches(corpus.train, settings.context, sequences, settings.micro_batch, settings.seed, run)
     tokens = settings.tokens_per_step = sequences * batches.context
@@ -1021,7 +1041,8 @@ def train(settings: Settings, given: set[str]) -> None:
     run.say(f"plan       {settings.steps} steps of {tokens} tokens ({settings.micro_batch} sequences of "
             f"{batches.context} at once), {settings.steps * tokens / len(corpus.train):.2f} epochs, "
             f"learning rate {settings.lr:.2g}")
-    run.say(f"to beat    gzip -9 {rivals['gzip']:.3f}, xz -9e {rivals['xz']:.3f} bits per byte of the held-out text")
+    run.say(f"to beat    gzip -9 {rivals['gzip']:.3f}, xz -9e {rivals['xz']:.3f} bits per byte of the "
+            "held-out text")
     if run.rank == 0:
         run.out = Path(settings.out) if resumed else make_run_directory(settings)
         settings.out = str(run.out)
@@ -1041,7 +1062,6 @@ def train(settings: Settings, given: set[str]) -> None:
 
 def tokenizer_of(resumed: dict):
     """The tokenizer inside a resume.pt."""
-    import tempfile
     with tempfile.TemporaryDirectory() as folder:
         for name, content in resumed["tokenizer"].items():
             Path(folder, name).write_bytes(content.encode("latin-1"))
@@ -1052,12 +1072,9 @@ def tokenizer_of(resumed: dict):
 
 def finish(settings: Settings, run: Run, measures: dict) -> None:
     """Say how it ended and what to do with it."""
-    losses = {}
-    for line in (run.out / "log.jsonl").read_text(encoding="utf-8").splitlines():
-        event = json.loads(line)
-        losses[event["step"]] = event.get("loss", losses.get(event["step"]))
-    if not (run.out / "loss.png").exists():
-        run.say(curve([loss for loss in losses.values() if loss is not None]))
+    losses = logged(run.out, "loss")
+    if losses and not (run.out / "loss.png").exists():
+        run.say(curve([*losses.values()]))
     run.say(f"\n{measures['bits_per_byte']:.3f} bits per byte of the held-out text; gzip -9 needs "
             f"{measures['gzip']:.3f}, xz -9e {measures['xz']:.3f}")
     module = MODELS[settings.model][0]
@@ -1068,7 +1085,8 @@ def finish(settings: Settings, run: Run, measures: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """`python train.py`: a user's mistake is one line and exit status 2."""
-    settings, given = parse_settings(Settings, sys.argv[1:] if argv is None else argv, __doc__.split("\n")[0])
+    argv = sys.argv[1:] if argv is None else argv
+    settings, given = parse_settings(Settings, argv, __doc__.split("\n")[0])
     try:
         train(settings, given)
     except (ValueError, OSError) as error:
