@@ -342,6 +342,7 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Write messages and memory to one new safetensors file, which State.load opens too."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
         if path.exists():
             raise ValueError(f"{path} exists: choose another name")
@@ -349,8 +350,11 @@ class Conversation:
         about = {"model": repr(self.model.config), "format": self.format,
                  "messages": self.messages, "seen": self.seen}
         part = f"{path}.part"
-        save_file({name: tensor.contiguous() for name, tensor in state.tensors().items()}, part,
-                  {"format": "pt", "conversation": json.dumps(about)})
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in state.tensors().items()}, part,
+                      {"format": "pt", "conversation": json.dumps(about)})
+        except SafetensorError as error:     # no OSError, even where the disk is full
+            raise OSError(f"cannot save {path}: {error}") from None
         os.replace(part, path)
 
     def load(self, path: Path) -> None:

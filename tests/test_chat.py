@@ -45,7 +45,8 @@ def make_tokenizer(kind, golden):
 def write_world(folder):
     """A small vocabulary of the World kind: bytes, words, and tokens with a blank line."""
     tokens = [bytes([byte]) for byte in range(256)] + [
-        b"\n\n", b".\n\n", b"User", b"Assistant", b"Hello", b" Hello", b" there", b" is"]
+        b"\n\n", b".\n\n", b"User", b"Assistant", b"Hello", b" Hello", b" there", b" is",
+        b";\n\nUser"]
     lines = [f"{id} {token!r} {len(token)}" for id, token in enumerate(tokens, 1)]
     (folder / "rwkv_vocab_test.txt").write_text("\n".join(lines) + "\n")
 
@@ -63,6 +64,7 @@ def make_model(kind, vocab, context=CONTEXT, seed=0):
                 parameter.mul_(8.0)
         if kind == "rwkv6":
             model.emb.weight.normal_()
+            model.head.weight[[0, 257, 258, 265]] = 0                   # World's: answers go on
     return model.eval()
 
 
@@ -74,7 +76,7 @@ def folders(golden, tmp_path_factory):
         folder = made[kind] = tmp_path_factory.mktemp(kind)
         if kind == "rwkv6":
             write_world(folder)
-            make_model(kind, 272).save_pretrained(folder)
+            make_model(kind, 273).save_pretrained(folder)
             continue
         tokenizer = Bytes() if kind == "plain" else make_tokenizer(kind, golden)
         make_model("gpt" if kind == "plain" else kind,
@@ -101,7 +103,8 @@ def ask(conversation, message):
 def scratch(conversation, prompt):
     """The ids of a reply by running everything again for each new id."""
     ids = continuation(conversation.model, prompt, conversation.max_new_tokens)
-    ends = [n for n, id in enumerate(ids) if conversation.is_silent(id)]
+    ends = [n + (not conversation.is_silent(id)) for n, id in enumerate(ids)
+            if id in conversation.stops]
     return ids[:ends[0]] if ends else ids
 
 
@@ -304,6 +307,7 @@ def test_glm_ends_a_turn_with_the_next_role_and_it_is_not_shown(folders, monkeyp
 @pytest.mark.parametrize("drawn, shown, kept", [
     ([b" Hello", b".\n\n"], "Hello.", b" Hello.\n\n"),
     ([b" Hello", b"\n\n"], "Hello", b" Hello\n\n"),
+    ([b" Hello", b";\n\nUser"], "Hello;", b" Hello;\n\n"),
     ([b" Hello", b"\n", b"\n"], "Hello", b" Hello\n\n"), ([b"Hello", 0], "Hello", b"Hello\n\n"),
     ([b" Hello", b"\n", b" there", 0], "Hello\n there", b" Hello\n there\n\n")])
 def test_world_ends_a_turn_at_a_blank_line_however_it_is_spelled(
@@ -460,6 +464,8 @@ def test_files_that_cannot_be_saved_or_loaded_are_refused_and_nothing_changes(
     for name in ("cut", "text", "state"):
         with pytest.raises(ValueError, match="is no conversation that /save wrote"):
             conversation.load(tmp_path / name)
+    with pytest.raises(OSError, match="No such file or directory"):
+        conversation.save(tmp_path / "none" / "talk")
     with pytest.raises(OSError, match="none"):
         conversation.load(tmp_path / "none")
     with pytest.raises(ValueError, match="another model or chat format"):
@@ -470,6 +476,12 @@ def test_files_that_cannot_be_saved_or_loaded_are_refused_and_nothing_changes(
     conversation.save(tmp_path / "wrong")
     with pytest.raises(ValueError, match="damaged"):
         conversation.load(tmp_path / "wrong")
+    conversation.seen, conversation.messages = conversation.state.position.item() * [1], [
+        {"role": "king", "content": "a"}]
+    conversation.save(tmp_path / "king")
+    conversation.messages = messages
+    with pytest.raises(ValueError, match="king"):
+        conversation.load(tmp_path / "king")
     assert conversation.messages == messages and not list(tmp_path.glob("*.part"))
 
 
@@ -577,6 +589,16 @@ def test_completing_text_goes_on_at_an_empty_line_and_begins_anew_at_another(
     assert len(first) == 12 and second != first
     assert out == f"{decode(first)}\n{decode(second)}\n{decode(first)}\n"
     assert "completes  text: its tokenizer_config.json says chat_format null" in err
+
+
+def test_a_text_that_has_ended_can_go_on(folders, monkeypatch):
+    conversation = start(folders["plain"])
+    script(monkeypatch, conversation, [65, 66, 256, 67, 68, 256])
+    shown = []
+    assert conversation.answer("Once", shown.append) is None and shown[-1] == "AB"
+    assert conversation.answer(None, shown.append) is None and shown[-1] == "CD"
+    assert bytes(conversation.seen) == b"OnceABCD"
+    check_memory(conversation)
 
 
 def test_a_text_longer_than_the_context_goes_on_from_its_end(folders, capsys):
@@ -688,6 +710,19 @@ def test_a_file_that_fails_half_way_leaves_nothing(folders, tmp_path, capsys, mo
     error = KeyboardInterrupt()
     assert_fails(capsys, flags, "stopped; nothing was written", status=130)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(folders, tmp_path, capsys, monkeypatch):
+    source, target = write_rows(tmp_path / "in.jsonl", [{"prompt": "a"}]), tmp_path / "out"
+    generate = GPT.generate
+
+    def slowly(*arguments, **settings):
+        target.write_text("mine")
+        return generate(*arguments, **settings)
+    monkeypatch.setattr(GPT, "generate", slowly)
+    assert_fails(capsys, [folders["plain"], "--input", source, "--output", target,
+                          "--max-new-tokens", "3"], "exists by now")
+    assert target.read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
 
 
 # --- errors ---
