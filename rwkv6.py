@@ -254,7 +254,7 @@ class TimeMix(nn.Module):
     def forward(self, x, last, S):
         xw, xk, xv, xr, xg = self.blends(x, last)
         rate = torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
-        w = -torch.exp(self.time_decay.float() + rate.float())  # fp32: bf16 cannot tell 0.999 from 1
+        w = -torch.exp(self.time_decay.float() + rate.float())  # bf16 cannot tell 0.999 from 1
         r, k, v, w = (z.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
                       for z in (self.receptance(xr), self.key(xk), self.value(xv), w))
         S0 = self.first_state(len(x)) if S is None else S.clone() if torch.is_grad_enabled() else S
