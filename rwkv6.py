@@ -32,6 +32,7 @@ Loads and writes the official .pth of RWKV-6, a folder or the file alone; sizes 
     model.save_pretrained("copy")                               # the rwkv package opens it
 """
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -172,7 +173,9 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
     """
     dtype = torch.promote_types(r.dtype, torch.float32)
     r, k, v, w, u, S = (x.to(dtype) for x in (r, k, v, w, u, S0))
-    with torch.autocast(r.device.type, enabled=False):
+    device = r.device.type                   # "meta" has no autocast to turn off
+    with (torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device)
+          else contextlib.nullcontext()):
         if r.shape[2] > 1:
             return wkv6_chunks(r, k, v, w, u, S)
         new = k.mT @ v                                                  # (B, H, D, D)
@@ -318,7 +321,7 @@ class RWKV6(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """The authors' values (src/model.py): by depth and channel for vectors, see `matrix`."""
+        """The authors' values (src/model.py): vectors by depth and channel, matrices orthogonal."""
         L, C, V = self.config.n_layer, self.config.n_embd, self.config.vocab_size
         h = torch.arange(C)
         ramp = h / max(C - 1, 1)                                        # 0 to 1 over the channels
@@ -326,7 +329,7 @@ class RWKV6(nn.Module):
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
         nn.init.orthogonal_(self.head.weight, gain=0.5 * max(V / C, 1) ** 0.5)
         for i, block in enumerate(self.blocks):
-            deep = i / max(L - 1, 1)                                    # from 0 to 1
+            deep = i / max(L - 1, 1)                                    # 0 to 1 over the layers
             mix = (h / C) ** (1 - i / L)
             att, ffn = block.att, block.ffn
             for parameter, value in (
@@ -339,10 +342,11 @@ class RWKV6(nn.Module):
                     (ffn.time_maa_k, 1 - (h / C) ** ((1 - i / L) ** 3)),
                     (ffn.time_maa_r, 1 - (h / C) ** ((1 - i / L) ** 3))):
                 parameter.copy_(value)
+            if att.time_state is not None:
+                att.time_state.zero_()
             for zero in (att.time_maa_w1, att.time_decay_w1, att.output.weight, ffn.value.weight,
-                         ffn.receptance.weight, att.time_state):
-                if zero is not None:
-                    zero.zero_()
+                         ffn.receptance.weight):
+                zero.zero_()
             for small in (att.time_maa_w2, att.time_decay_w2):
                 nn.init.uniform_(small, -0.01, 0.01)
             for matrix, gain in ((att.key, 0.1), (att.gate, 0.1), (att.receptance, 1.0),

@@ -213,6 +213,12 @@ def test_the_operator_computes_in_fp32_under_autocast_and_in_bf16():
     assert torch.equal(y, wkv6(*(x.float() for x in half), w, u, S)[0])
 
 
+def test_the_operator_runs_without_data():
+    """On the meta device, where train.py counts operations."""
+    y, S = wkv6(*(x.float().to("meta") for x in operands(100)))
+    assert (y.shape, S.shape) == ((2, 2, 100, 6), (2, 2, 6, 6))
+
+
 # --- the model: parallel, in pieces, token by token ---
 
 def test_parallel_equals_recurrent_and_any_pieces(monkeypatch):
