@@ -360,6 +360,8 @@ class Conversation:
     def load(self, path: Path) -> None:
         """Go on with what `save` wrote; ValueError or OSError if that fails, nothing changed."""
         from safetensors import SafetensorError, safe_open
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {})["conversation"])
