@@ -64,17 +64,18 @@ class Settings:
     context: int | None = flag(None, "tokens in a training sequence (default: 256; with --size or "
                                      "--init-from the model's, 1024 at most)", low=2)
     config: list[str] = flag([], "config fields as field=value, for what has no flag of its own")
-    data: list[str] = flag([], "text files, .jsonl with \"text\", folders or patterns of them, or a "
-                               "folder with train.bin and val.bin (default: the standard library)")
+    data: list[str] = flag([], "text files, .jsonl with \"text\", folders or patterns of them, "
+                               "or a folder with train.bin and val.bin (default: the source of "
+                               "Python's standard library)")
     tokenizer: str | None = flag(None, "folder, file or name of one (default: train a new one)")
-    vocab: int | None = flag(None, "ids of a new tokenizer, specials included (default: 4096)", low=257)
+    vocab: int | None = flag(None, "ids of a new tokenizer, specials too (default: 4096)", low=257)
     split_seed: int = flag(0, "decides which documents are held out")
     out: str | None = flag(None, "the run directory (default: out/MODEL, then out/MODEL-2, ...)")
     steps: int | None = flag(None, "optimiser steps (default: 1900)", low=1)
-    minutes: float | None = flag(None, "instead of --steps: as many as fit into this time", low=0.05)
+    minutes: float | None = flag(None, "instead of --steps: what fits into this time", low=0.05)
     tokens_per_step: int | None = flag(None, "tokens in a step (default: 1024; with --size or "
                                              "--init-from 16384)", low=2)
-    micro_batch: int | None = flag(None, "sequences at once on a device (default: what fits)", low=1)
+    micro_batch: int | None = flag(None, "sequences at once (default: what fits)", low=1)
     lr: float | None = flag(None, "peak learning rate (default: 0.0035 * sqrt(192 / width); with "
                                   "--size 0.0006, with --init-from 0.0001)", above=0)
     final_lr: float = flag(0.05, "learning rate at the end, as a part of the peak", low=0, high=1)
@@ -85,11 +86,12 @@ class Settings:
     device: str | None = flag(None, "cuda, mps or cpu (default: the first of them there is)")
     dtype: str | None = flag(None, "precision of the computation (default: as fast as is safe)",
                              choices=("float32", "bfloat16", "float16"))
-    compile: str = flag("auto", "compile the step; auto does on CUDA", choices=("auto", "on", "off"))
+    compile: str = flag("auto", "compile the step: auto does on CUDA",
+                        choices=("auto", "on", "off"))
     checkpoint_activations: bool = flag(False, "save memory: compute blocks again when going back")
-    eval_every: int | None = flag(None, "steps between validations (default: a tenth of all)", low=1)
+    eval_every: int | None = flag(None, "steps between validations (default: a tenth)", low=1)
     eval_tokens: int = flag(32768, "tokens of a validation on the way; the last reads all", low=1)
-    sample_every: int | None = flag(None, "steps between samples (default: a quarter of all)", low=1)
+    sample_every: int | None = flag(None, "steps between samples (default: a quarter)", low=1)
     sample_prompt: str = flag("", "what samples begin with")
     save_minutes: float = flag(5.0, "minutes between saves", low=0)
     workers: int | None = flag(None, "processes that pack text (default: as many as pay)", low=1)
@@ -149,7 +151,8 @@ def parse_settings(kind: type, argv: list[str], description: str) -> tuple[Setti
     """The settings of a command line, and the names of those that were given there."""
     parser = Parser(description=description, allow_abbrev=False)
     specs = {spec.name: spec for spec in dataclasses.fields(kind)}
-    defaults = {name: [] if value_type(spec) is list else spec.default for name, spec in specs.items()}
+    defaults = {name: [] if value_type(spec) is list else spec.default
+                for name, spec in specs.items()}
     for name, spec in specs.items():
         holds, choices = value_type(spec), spec.metadata.get("choices")
         shape = {"action": "store_true"} if holds is bool else {"metavar": holds.__name__.upper()}
@@ -158,7 +161,8 @@ def parse_settings(kind: type, argv: list[str], description: str) -> tuple[Setti
         if isinstance(choices, tuple):
             shape["metavar"] = "|".join(choices)
         shown = "" if defaults[name] in (None, False, "", []) else f" (default: {defaults[name]})"
-        parser.add_argument("--" + name.replace("_", "-"), help=spec.metadata["help"] + shown, **shape)
+        shape["help"] = spec.metadata["help"] + shown
+        parser.add_argument("--" + name.replace("_", "-"), **shape)
     argv = [re.sub(r"^--[\w-]+", lambda match: match[0].replace("_", "-"), word) for word in argv]
     parsed = vars(parser.parse_args(argv))
     given = {word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
@@ -205,7 +209,8 @@ def identify(path: Path) -> str:
             raise ValueError(f"{folder}/config.json is of model_type {stated!r}, none of "
                              + ", ".join(MODEL_TYPES))
         return MODEL_TYPES[stated]
-    shapes = {re.sub(r".*blocks\.\d+\.", "", name): tuple(t.shape) for name, t in read_tensors(path)}
+    shapes = {re.sub(r".*blocks\.\d+\.", "", name): tuple(tensor.shape)
+              for name, tensor in read_tensors(path)}
     for name, key in (("rwkv6", "att.time_maa_x"), ("rwkv5", "att.ln_x.weight"),
                       ("rwkv2", "att.time_mix")):
         if key in shapes:
@@ -216,7 +221,7 @@ def identify(path: Path) -> str:
 
 
 def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrides):
-    """The model in a checkpoint, whichever of ours it is: a folder, a file, or a repository's id."""
+    """The model in a checkpoint, whichever of ours it is: a folder, a file or a repository's id."""
     path = Path(path)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):
         with contextlib.suppress(ImportError):          # without the package it is a missing folder
@@ -345,8 +350,8 @@ def choose_dtype(device: torch.device, asked: str | None) -> tuple[torch.dtype, 
         best[dtype] = min(timed(lambda x=x, y=y: x @ y) for _ in range(8))
     ratio = best[torch.float32] / best[torch.bfloat16]
     if ratio < 1.5:
-        return torch.float32, f"on this CPU bfloat16 is {ratio:.1f} times as fast, which is not worth it"
-    return torch.bfloat16, f"on this CPU a matrix product is {ratio:.1f} times as fast as in float32"
+        return torch.float32, f"bfloat16 is only {ratio:.1f} times as fast on this CPU"
+    return torch.bfloat16, f"on this CPU {ratio:.1f} times as fast as float32 in a matrix product"
 
 
 def timed(work) -> float:
@@ -411,7 +416,8 @@ def prepare_corpus(settings: Settings, run: Run, tokenizer=None) -> Corpus:
         corpus = read_token_folder(folder, tokenizer)
         corpus.key = key
         what = ", ".join(settings.data) or "the source of Python's standard library"
-        what += f": {len(files)} files, {sum(path.stat().st_size for _, path in files) / 1e6:.1f} MB"
+        size = sum(path.stat().st_size for _, path in files)
+        what += f": {len(files)} files, {size / 1e6:.1f} MB"
     if run.rank == 0 and run.world > 1:
         dist.barrier()
     for split, ids in (("train on", corpus.train), ("validate on", corpus.val)):
@@ -447,7 +453,7 @@ def pack_corpus(files, tokenizer, folder: Path, settings: Settings, run: Run) ->
 
 
 def read_token_folder(folder: Path, tokenizer) -> Corpus:
-    """A folder with train.bin and val.bin: ours, or nanoGPT's (then the tokenizer must be named)."""
+    """A folder with train.bin and val.bin: ours, or nanoGPT's, which has no tokenizer."""
     if tokenizer is None and (folder / "tokenizer_config.json").exists():
         tokenizer = text.load_tokenizer(folder)
     if tokenizer is None:
@@ -464,13 +470,15 @@ def read_token_folder(folder: Path, tokenizer) -> Corpus:
 
 
 class Batches:
-    """Sequences of a token file for each step: every token is a target once an epoch, in a new order.
+    """Sequences of a token file for each step: every token is a target once an epoch.
 
-    What a step sees depends on the seed and its number alone, whatever the number of processes. The
-    last sequence of the file overlaps the one before it; the overlap is no target.
+    Each epoch has another order. What a step sees depends on the seed and its number alone, on any
+    number of processes. The last sequence of the file overlaps the one before; the overlap is no
+    target.
     """
 
-    def __init__(self, ids: np.ndarray, context: int, sequences: int, micro: int, seed: int, run: Run):
+    def __init__(self, ids: np.ndarray, context: int, sequences: int, micro: int, seed: int,
+                 run: Run):
         self.ids, self.context, self.seed, self.run = ids, min(context, len(ids) - 1), seed, run
         self.sequences, self.micro = sequences, micro                   # of a step; at once
         self.count = -(-(len(ids) - 1) // self.context)                 # of an epoch
@@ -493,7 +501,7 @@ class Batches:
         return int(self.order[i])
 
     def __call__(self, step: int) -> list[dict[str, torch.Tensor]]:
-        """The micro-batches of a step for this process: {"tokens", "targets"}, (b, T) int64 each."""
+        """This process's micro-batches of a step: {"tokens", "targets"}, (b, T) int64 each."""
         mine, made = range(self.run.rank, self.sequences, self.run.world), []
         for first in range(0, len(mine), self.micro):
             pairs = [self.sequence(self.place(step * self.sequences + k))
@@ -526,8 +534,8 @@ def cross_entropy(model, hidden: torch.Tensor, targets: torch.Tensor):
 def piece_loss(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Summed cross entropy of (n, C) hidden vectors, with the model's L2Wrap in training.
 
-    L2Wrap (RWKV): each position's largest logit m is pulled to 0 by the gradient of w * m^2 / 2; the
-    value of the loss does not change.
+    L2Wrap (RWKV): each position's largest logit m is pulled to 0 by the gradient of w * m^2 / 2;
+    the value of the loss does not change.
     """
     logits = model.logits(hidden[None])[0].float()                      # (n, V)
     loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
@@ -539,7 +547,7 @@ def piece_loss(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tens
 
 @torch.no_grad()
 def validate(model, run: Run, ids: np.ndarray, context: int, first: int, limit: int) -> float:
-    """Nats a token over evenly spaced blocks of `ids`, about `limit` tokens; `first` precedes them."""
+    """Nats a token over evenly spaced blocks of `ids`, `limit` tokens or so; `first` precedes."""
     context = min(context, len(ids))
     starts = np.arange(0, len(ids), context)
     chosen = np.linspace(0, len(starts) - 1, max(1, min(len(starts), -(-limit // context))))
@@ -575,7 +583,7 @@ def compressed(corpus: Corpus) -> dict[str, float]:
 
 
 def activation_bytes(model_class, config, context: int, loss) -> int:
-    """Bytes that one sequence keeps for the backward pass in fp32: counted on a twin without memory."""
+    """Bytes that a sequence keeps in fp32 to go back: counted on a twin that has no memory."""
     with torch.device("meta"):
         twin = model_class(config).train()
         tokens = torch.zeros((1, context), dtype=torch.int64)
@@ -618,7 +626,8 @@ def plan_memory(settings: Settings, run: Run, model_class, config, sequences: in
     need, gb = fixed + each * settings.micro_batch, 1 << 30
     run.say(f"memory     about {need / gb:.2f} GB: parameters {4 * count / gb:.2f}, gradients "
             f"{4 * count / gb:.2f}, Adam {8 * count / gb:.2f}, activations "
-            f"{each * settings.micro_batch / gb:.2f}" + (f"; {free / gb:.1f} GB free" if free else ""))
+            f"{each * settings.micro_batch / gb:.2f}"
+            + (f"; {free / gb:.1f} GB are free" if free else ""))
     if free and need > free:
         run.say(f"warning    that is more than there is: try {smaller(settings)}")
 
@@ -646,7 +655,8 @@ def peak_bytes(device: torch.device) -> int:
         import resource
     except ImportError:                      # Windows
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def checkpoint_blocks(model) -> None:
@@ -683,7 +693,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def compiled(settings: Settings, run: Run, model, batch, loss):
-    """The loss, compiled if asked for or worth it; a compiler that fails costs one line, not the run."""
+    """The loss, compiled if asked for or worth it; a compiler that fails costs only a line."""
     if settings.compile == "off" or (settings.compile == "auto" and run.device.type != "cuda"):
         return loss
     try:
@@ -755,8 +765,8 @@ def fit(settings: Settings, run: Run, model, batches, loss, *, validate, sample,
     """Train `model`; returns the last measures of `validate`.
 
     batches(step) gives this process's micro-batches of a step; loss(model, batch) gives the summed
-    loss of one and the number of its targets. validate(model, last) gives a dict of measures, sample
-    (model) a text to show, and save(state) keeps what a resumed run needs.
+    loss of one and the number of its targets. validate(model, last) gives a dict of measures,
+    sample(model) a text to show, and save(state) keeps what a resumed run needs.
     """
     optimizer, start = make_optimizer(settings, model), 0
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
@@ -793,14 +803,15 @@ def fit(settings: Settings, run: Run, model, batches, loss, *, validate, sample,
             seconds = time.perf_counter() - begun
             speeds = [*speeds[-19:], seconds]
             left = statistics.median(speeds) * (settings.steps - step - 1)
-            run.say(f"step {step + 1:>{len(str(settings.steps))}}/{settings.steps}  loss {mean:.4f}  "
-                    f"lr {lr:.2e}  norm {norm:.2f}  {count / seconds:,.0f} tokens/s  {clock(left)} left")
-            run.log(step=step + 1, loss=mean, lr=lr, norm=norm, tokens_per_s=count / seconds,
-                    seconds=time.time() - STARTED, peak_bytes=peak_bytes(run.device), skipped=skipped)
+            speed = count / seconds
+            run.say(f"step {step + 1}/{settings.steps}  loss {mean:.4f}  "
+                    f"lr {lr:.2e}  norm {norm:.2f}  {speed:,.0f} tokens/s  {clock(left)} left")
+            run.log(step=step + 1, loss=mean, lr=lr, norm=norm, tokens_per_s=speed, skipped=skipped,
+                    seconds=time.time() - STARTED, peak_bytes=peak_bytes(run.device))
             last = step + 1 == settings.steps
             if skipped == 10:
-                raise ValueError(f"ten steps in a row had no finite loss or gradient: the last good "
-                                 f"one was step {step - 9}; try a lower --lr, or --dtype float32")
+                raise ValueError("ten steps in a row had no finite loss or gradient: the last good "
+                                 f"state is that of step {step - 9}; try a lower --lr")
             if last or (step + 1) % settings.eval_every == 0:
                 measures = validate(model, last)
                 run.log(step=step + 1, **measures)
@@ -808,15 +819,15 @@ def fit(settings: Settings, run: Run, model, batches, loss, *, validate, sample,
             if last or (step + 1) % settings.sample_every == 0:
                 run.say(sample(model))
             stop = max(run.sum(interrupt.signal))
-            due, = run.sum(float(run.rank == 0 and time.time() - saved >= 60 * settings.save_minutes))
-            if last or stop or due:
+            overdue = run.rank == 0 and time.time() - saved >= 60 * settings.save_minutes
+            if last or stop or run.sum(float(overdue))[0]:
                 keep(step + 1)
                 saved = time.time()
             if stop:
                 run.say(f"stopped after step {step + 1}; to go on:  "
                         f"python {Path(sys.argv[0]).name} --resume {run.out}")
                 raise SystemExit(128 + int(interrupt.signal or stop))
-    if start == settings.steps:                                         # all was done but publishing
+    if start == settings.steps:              # all was done, but perhaps not published
         measures = validate(model, True)
         keep(start)
     return measures
@@ -841,8 +852,8 @@ def make_run_directory(settings: Settings) -> Path:
     if settings.out:
         out = Path(settings.out)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"--out {out} is not empty: --resume {out} goes on with a run, another "
-                             "--out starts a new one")
+            raise ValueError(f"--out {out} is not empty: --resume {out} goes on with a run, "
+                             "another --out starts one")
         out.mkdir(parents=True, exist_ok=True)
         return out
     for number in range(1, 10**6):
@@ -866,7 +877,8 @@ def publish(model, tokenizer, settings: Settings, out: Path) -> None:
     tokenizer.save(out, model_max_length=model.config.context)
     write_text(out / "generation_config.json", json.dumps(
         {"bos_token_id": model.config.bos_id, "eos_token_id": list(model.config.eos_ids) or None,
-         "pad_token_id": model.config.pad_id, "do_sample": True, "temperature": 0.8}, indent=2) + "\n")
+         "pad_token_id": model.config.pad_id, "do_sample": True, "temperature": 0.8},
+        indent=2) + "\n")
     write_settings(settings, out)
     draw_log(out)
 
@@ -879,7 +891,7 @@ def write_settings(settings: Settings, out: Path) -> None:
 
 
 def save_resume(state: dict, settings: Settings, config, tokenizer, key: str, out: Path) -> None:
-    """Replace resume.pt, which is complete in itself: a kill at any moment leaves the old or the new."""
+    """Replace resume.pt, complete in itself: a kill at any moment leaves the old or the new."""
     files = {name: data.decode("latin-1") for name, data in tokenizer.files().items()}
     torch.save({**state, "settings": dataclasses.asdict(settings), "tokenizer": files, "data": key,
                 "config": dataclasses.asdict(config), "chat_format": tokenizer.chat_format},
@@ -956,7 +968,7 @@ def fill_defaults(settings: Settings, given: set[str]) -> None:
     if settings.steps and settings.minutes:
         raise ValueError("--steps and --minutes each decide how long it takes: give one")
     if settings.vocab and (settings.tokenizer or settings.init_from):
-        raise ValueError("--vocab is for a new tokenizer: leave it out beside --tokenizer and --init-from")
+        raise ValueError("--vocab is for a new tokenizer: --tokenizer and --init-from have theirs")
     own = not (settings.init_from or settings.size)
     if own:
         settings.layers, settings.width = settings.layers or 2, settings.width or 192
@@ -980,11 +992,11 @@ def fill_schedule(settings: Settings, run: Run, model, batches, loss) -> None:
         for _ in range(4):
             seconds.append(timed(lambda: gradients(settings, run, model, parts, loss, scaler)))
             model.zero_grad(set_to_none=True)
-        each = run.sum(1.1 * statistics.median(seconds[1:]))[0] / run.world      # 1.1: the optimiser
+        each = run.sum(1.1 * statistics.median(seconds[1:]))[0] / run.world     # with optimiser
         left = run.sum(60 * settings.minutes - (time.time() - STARTED))[0] / run.world
-        settings.steps = max(1, int(0.9 * left / each))                          # 0.9: validation
+        settings.steps = max(1, int(0.9 * left / each))                         # 0.1: validation
         settings.minutes = None
-        run.say(f"time       {each:.2f} s a step: {settings.steps} in the {left:.0f} s that are left")
+        run.say(f"time       {each:.2f} s a step: {settings.steps} steps in {left:.0f} s")
     settings.warmup = settings.steps // 10 if settings.warmup is None else settings.warmup
     settings.eval_every = settings.eval_every or max(1, settings.steps // 10)
     settings.sample_every = settings.sample_every or max(1, settings.steps // 4)
@@ -995,7 +1007,8 @@ def train(settings: Settings, given: set[str]) -> None:
     resumed = None
     if settings.resume:
         resumed = load_resume(Path(settings.resume))
-        settings = resume_settings(Settings, resumed["settings"], settings, given, Path(settings.resume))
+        settings = resume_settings(Settings, resumed["settings"], settings, given,
+                                   Path(settings.resume))
     else:
         fill_defaults(settings, given)
     run = start_run(settings)
@@ -1004,6 +1017,8 @@ def train(settings: Settings, given: set[str]) -> None:
         raise ValueError(f"--resume {settings.out}: the data have changed since it was started")
     tokenizer = corpus.tokenizer
     model_class, config, model = open_model(settings, tokenizer)
+    if "context" in given and settings.context > (config.context or settings.context):
+        raise ValueError(f"--context {settings.context}: the model's is {config.context}")
     settings.context = min(settings.context, config.context or settings.context)
     sequences = max(1, settings.tokens_per_step // settings.context)
     plan_memory(settings, run, model_class, config, sequences, next_token_loss)
@@ -1035,14 +1050,16 @@ def train(settings: Settings, given: set[str]) -> None:
         measures = check(model, True)
         run.say("validation " + shown(measures))
         return
-    batches = Batches(corpus.train, settings.context, sequences, settings.micro_batch, settings.seed, run)
+    batches = Batches(corpus.train, settings.context, sequences, settings.micro_batch,
+                      settings.seed, run)
     tokens = settings.tokens_per_step = sequences * batches.context
     fill_schedule(settings, run, model, batches, next_token_loss)
-    run.say(f"plan       {settings.steps} steps of {tokens} tokens ({settings.micro_batch} sequences of "
-            f"{batches.context} at once), {settings.steps * tokens / len(corpus.train):.2f} epochs, "
+    epochs = settings.steps * tokens / len(corpus.train)
+    run.say(f"plan       {settings.steps} steps of {tokens} tokens, {epochs:.2f} epochs, "
+            f"{settings.micro_batch} sequences of {batches.context} at once, "
             f"learning rate {settings.lr:.2g}")
-    run.say(f"to beat    gzip -9 {rivals['gzip']:.3f}, xz -9e {rivals['xz']:.3f} bits per byte of the "
-            "held-out text")
+    run.say(f"to beat    gzip -9 {rivals['gzip']:.3f}, xz -9e {rivals['xz']:.3f} bits per byte of "
+            "the held-out text")
     if run.rank == 0:
         run.out = Path(settings.out) if resumed else make_run_directory(settings)
         settings.out = str(run.out)
@@ -1079,8 +1096,9 @@ def finish(settings: Settings, run: Run, measures: dict) -> None:
             f"{measures['gzip']:.3f}, xz -9e {measures['xz']:.3f}")
     module = MODELS[settings.model][0]
     command = f"python {module}.py" if "." not in module else f"python -m {module}"
-    run.say(f"{clock(time.time() - STARTED)} in all, peak memory {peak_bytes(run.device) / 2**30:.2f} GB. "
-            f"Talk to it:  {command} {run.out} --prompt \"def \"")
+    run.say(f"{clock(time.time() - STARTED)} in all, peak memory "
+            f"{peak_bytes(run.device) / 2**30:.2f} GB. Talk to it:\n"
+            f"{command} {run.out} --prompt \"def \"")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -220,6 +220,18 @@ def test_two_processes_equal_one(corpus, finished, tmp_path):
 
 # --- data ---
 
+def test_the_token_cache_is_used_again_only_for_the_same_inputs(corpus, tmp_path, monkeypatch):
+    folder, packed, pack = shutil.copytree(corpus, tmp_path / "corpus"), [], train.text.pack
+    monkeypatch.setattr(train.text, "pack", lambda *a, **k: packed.append(1) or pack(*a, **k))
+    start(folder, tmp_path / "a", "--steps", 1)
+    start(folder, tmp_path / "b", "--steps", 1)
+    assert len(packed) == 1
+    start(folder, tmp_path / "c", "--steps", 1, "--vocab", 310)         # another tokenizer
+    (folder / "part_0.py").write_text("x = 1\n")                        # other inputs
+    start(folder, tmp_path / "d", "--steps", 1)
+    assert len(packed) == 3
+
+
 def test_every_token_is_a_target_once_an_epoch_in_an_order_of_the_seed():
     ids = np.arange(1000, dtype=np.uint16)
     for world in (1, 2, 3):
