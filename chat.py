@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import tokenizer as text
-from train import Parser, complain, is_out_of_memory, load_checkpoint
+from train import Parser, choose_device, complain, is_out_of_memory, load_checkpoint, locate
 
 HELP = """\
 /help          this text
@@ -77,21 +77,9 @@ def parse(argv: list[str] | None):
     return args
 
 
-def choose_device(asked: str | None) -> str:
-    """The device asked for, else the first there is; ValueError if it does not work."""
-    here = [torch.cuda.is_available(), torch.backends.mps.is_available(), True]
-    device = asked or ("cuda", "mps", "cpu")[here.index(True)]
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device} does not work here: {reason}") from None
-    return device
-
-
 def open_conversation(args) -> "Conversation":
     """Load what the command line names, and say what was decided and why."""
-    path = Path(args.weights)
+    path = locate(args.weights)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     folder = path if path.is_dir() else path.parent

@@ -145,9 +145,13 @@ class State:
         return type(self)(**{name: tensor.clone() for name, tensor in self.tensors().items()})
 
     def save(self, path: str | Path) -> None:
-        """Write the state to one safetensors file, replaced as a whole."""
+        """Write the state to one safetensors file, replaced as a whole; OSError if that fails."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
-        save_file({name: t.contiguous() for name, t in self.tensors().items()}, f"{path}.part")
+        try:
+            save_file({name: t.contiguous() for name, t in self.tensors().items()}, f"{path}.part")
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from None
         os.replace(f"{path}.part", path)
 
     @classmethod

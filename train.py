@@ -220,13 +220,19 @@ def identify(path: Path) -> str:
     raise ValueError(f"{path}: neither a config.json nor its tensors tell a model of ours")
 
 
-def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrides):
-    """The model in a checkpoint, whichever of ours it is: a folder, a file or a repository's id."""
+def locate(path: str | Path) -> Path:
+    """A folder or file as it is; a repository's id, as openai-community/gpt2, where it lies here."""
     path = Path(path)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):
         with contextlib.suppress(ImportError):          # without the package it is a missing folder
             from huggingface_hub import snapshot_download
-            path = Path(snapshot_download(path.as_posix()))
+            return Path(snapshot_download(path.as_posix()))
+    return path
+
+
+def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrides):
+    """The model in a checkpoint, whichever of ours it is: a folder, a file or a repository's id."""
+    path = locate(path)
     return model_parts(identify(path))[0].from_pretrained(path, device, dtype, **overrides)
 
 
@@ -305,16 +311,22 @@ class Run:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def start_run(settings: Settings) -> Run:
-    """Choose device and precision; join the other processes if torchrun started this one."""
+def choose_device(asked: str | None) -> torch.device:
+    """The device asked for, if it works, or the best there is."""
     best = ("cuda" if torch.cuda.is_available()
             else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(settings.device or best)
+        device = torch.device(asked or best)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {settings.device} does not work here: "
+        raise ValueError(f"--device {asked} does not work here: "
                          + str(error).splitlines()[0][:150]) from None
+    return device
+
+
+def start_run(settings: Settings) -> Run:
+    """Choose device and precision; join the other processes if torchrun started this one."""
+    device = choose_device(settings.device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         if device.type == "cuda":
@@ -400,7 +412,7 @@ def prepare_corpus(settings: Settings, run: Run, tokenizer=None) -> Corpus:
         dist.barrier()
     place = settings.tokenizer or settings.init_from
     if tokenizer is None and place:
-        tokenizer = text.load_tokenizer(place)
+        tokenizer = text.load_tokenizer(settings.tokenizer or locate(settings.init_from))
     ready = [Path(path) for path in settings.data if (Path(path) / "train.bin").exists()]
     if ready:
         corpus = read_token_folder(ready[0], tokenizer)
@@ -958,7 +970,7 @@ def curve(losses: list[float], columns: int = 72, rows: int = 8) -> str:
 def fill_defaults(settings: Settings, given: set[str]) -> None:
     """Decide what was left open and does not need the data or the model."""
     if settings.init_from:
-        found = identify(Path(settings.init_from))
+        found = identify(locate(settings.init_from))
         if "model" in given and settings.model != found:
             raise ValueError(f"--model {settings.model}: {settings.init_from} is {found}")
         settings.model = found
