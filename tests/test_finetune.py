@@ -1,0 +1,567 @@
+"""finetune.py: losses by hand, masking, padding, adapters, every task on every architecture."""
+import json
+import math
+import random
+import shutil
+import statistics
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, assert_close, published
+from torch import nn
+from torch.nn import functional as F
+
+import finetune
+import tokenizer as text
+import train
+
+MODELS = [name for name, (module, _) in train.MODELS.items()
+          if (ROOT / f"{module.replace('.', '/')}.py").exists()]
+ALONE = train.Run(torch.device("cpu"), torch.float32)
+QUICK = ["--device", "cpu", "--dtype", "float32", "--micro-batch", "64", "--samples", "1", "--sample-every", "100",
+         "--eval-every", "100"]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing a curve takes longer than these runs."""
+    monkeypatch.setattr(train, "draw_log", lambda out: None)
+
+
+def tiny(name, seed=0, layers=1):
+    """A small model of this architecture over bytes, with every parameter drawn."""
+    torch.manual_seed(seed)
+    model_class, config_class, _ = train.model_parts(name)
+    model = model_class(config_class.sized(layers, 32, 257, 256))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """base(name): a folder with a small checkpoint of an architecture, and the tokenizer of bytes."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("base") / name
+            tiny(name).save_pretrained(made[name])
+            text.Bytes().save(made[name])
+        return made[name]
+    return make
+
+
+def rows_file(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def start(task, init_from, out, *more):
+    finetune.main(["--task", task, "--init-from", str(init_from), "--out", str(out), *QUICK, *map(str, more)])
+    return out
+
+
+def measures(out, name):
+    """A measure at first and at last."""
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    found = [event[name] for event in events if name in event and ("val_loss" in event or "tokens_per_s" not in event)]
+    return found[0], found[-1]
+
+
+def refused(capsys, *arguments):
+    """The one line that a command ends with, at exit status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main([*map(str, arguments)])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+class Table:
+    """A model whose logits for the next id are a table's row of the last one."""
+
+    def __init__(self, table):
+        self.table, self.config = torch.tensor(table).log(), type("Config", (), {"vocab_size": len(table)})
+
+    def hidden(self, tokens):
+        return F.one_hot(tokens, len(self.table)).float()
+
+    def logits(self, hidden):
+        return hidden @ self.table
+
+
+# --- losses, by hand ---
+
+def test_log_probs_equal_hand_worked_ones():
+    model = Table([[0.5, 0.25, 0.25], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]])
+    batch = {"tokens": torch.tensor([[0, 1, 2], [2, 0, 0]]), "targets": torch.tensor([[1, -100, 2], [0, 0, -100]])}
+    expected = torch.tensor([[0.25, 1, 0.6], [0.2, 0.5, 1]]).log()
+    assert_close(finetune.log_probs(model, batch), expected, 1e-6)
+    half = torch.tensor([0.5, 0.25, 0.25]).sqrt()                       # temperature 2
+    assert finetune.log_probs(model, batch, 2.0)[0, 0].item() == pytest.approx((half[1] / half.sum()).log().item())
+
+
+def test_log_probs_in_pieces_equal_those_at_once(monkeypatch):
+    model = tiny("gpt")
+    batch = {"tokens": torch.randint(257, (3, 20)), "targets": torch.randint(257, (3, 20))}
+    batch["targets"][0, 3:7] = -100
+    whole = finetune.log_probs(model, batch)
+    model.config = type("Config", (), {"vocab_size": 1 << 23, "context": 96, "tie_word_embeddings": True})  # pieces of 8
+    pieces = finetune.log_probs(model, batch)
+    assert_close(pieces, whole, 1e-6)
+    pieces.sum().backward()
+    assert model.wte.weight.grad.abs().sum() > 0
+
+
+def test_the_dpo_loss_equals_hand_worked_values():
+    margins = torch.tensor([0.0, math.log(3)])                          # sigmoid: 1/2, 3/4
+    assert finetune.dpo_loss(margins, 0.0).tolist() == pytest.approx([math.log(2), math.log(4 / 3)])
+    assert finetune.dpo_loss(margins, 0.1).tolist() == pytest.approx(
+        [math.log(2), 0.9 * math.log(4 / 3) + 0.1 * math.log(4)])
+
+
+def test_the_dpo_margin_equals_a_hand_worked_one():
+    task = finetune.DPO(finetune.Settings(beta=0.5), ALONE, text.Bytes(), tiny("gpt"))
+    model = Table([[0.5, 0.25, 0.25], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]])
+    batch = {"tokens": torch.tensor([[0, 1], [0, 2]]), "targets": torch.tensor([[1, 1], [2, 0]]),
+             "reference": torch.tensor([0.7])}
+    chosen, rejected = 0.25 * 0.6, 0.25 * 0.2
+    assert task.margins(model, batch).item() == pytest.approx(0.5 * (math.log(chosen / rejected) - 0.7))
+    loss, count = task.loss(model, batch)
+    assert count == 1 and loss.item() == pytest.approx(
+        math.log(1 + math.exp(-0.5 * (math.log(3) - 0.7))))
+
+
+@pytest.mark.parametrize("new, old, advantage, gain", [
+    (0.6, 0.5, 1.0, 1.2), (0.6, 0.4, 1.0, 1.2), (0.6, 0.4, -1.0, -1.5), (0.2, 0.4, 1.0, 0.5),
+    (0.2, 0.4, -2.0, -1.6)])
+def test_the_grpo_loss_equals_hand_worked_values(new, old, advantage, gain):
+    """The ratio is clipped to 0.8 .. 1.2 only where that lowers the gain."""
+    new, old, reference = (torch.tensor([[math.log(p)]]) for p in (new, old, 0.3))
+    A, gap = torch.tensor([[advantage]]), reference - new
+    assert finetune.grpo_loss(new, old, reference, A, 0.2, 0.0).item() == pytest.approx(-gain, rel=1e-5)
+    divergence = math.exp(gap) - 1 - gap.item()
+    assert finetune.grpo_loss(new, old, reference, A, 0.2, 0.5).item() == pytest.approx(
+        0.5 * divergence - gain, rel=1e-5)
+
+
+def test_advantages_are_deviations_from_the_group():
+    assert finetune.advantages([1, 0, 0, 1]) == pytest.approx([1, -1, -1, 1], rel=1e-3)
+    assert finetune.advantages([3, 3, 3]) == [0, 0, 0]
+    assert finetune.advantages([0, 0, 3]) == pytest.approx([-1 / 2**0.5, -1 / 2**0.5, 2**0.5], rel=1e-3)
+
+
+# --- the built-in reward ---
+
+def test_the_reward_of_code_needs_two_statements_that_the_group_does_not_have():
+    def earned(*completions):
+        return finetune.code_reward("def f(x):\n", list(completions), [True] * len(completions))
+    two = "    y = x + 1\n    return y\n\n\n"
+    assert earned("", "#", "    pass", "    #", "    pass\n    pass\n", "    1\n    'a'\n    ...\n") == [0.0] * 6
+    assert earned("    return x\n", two, "    return (\n", "    y = 1; y = 1\n") == [0, 1, 0, 0]
+    assert earned(two, two, "    y = x + 1\n    return x\n", "    if x:\n        a()\n") == [1, 0, 0, 1]
+    assert earned("    y = x + 1\n    return x\n", two) == [1, 0]       # `return y` alone is new
+    assert finetune.code_reward("def f(x):\n", [two], [False]) == [0]   # did not end by itself
+    assert finetune.code_reward("def f(x):\n", ["    x = " + "(" * 9000, "    \0"], [True, True]) == [0, 0]
+
+
+# --- sequences ---
+
+def conversation(*contents):
+    return [{"role": role, "content": content} for role, content in zip(("user", "assistant") * 9, contents)]
+
+
+def made(tokenizer, messages, limit, **more):
+    """Ids of a sequence as text, and the text of its targets."""
+    inputs, targets = finetune.sequence(tokenizer, messages, limit, **more)
+    learnt = [id for id in targets if id != -100]
+    assert [id for id, target in zip(inputs[1:], targets) if target != -100] == learnt[:len(inputs) - 1] or \
+        targets[-1] == learnt[-1]
+    assert all(target in (-100, following) for target, following in zip(targets, inputs[1:]))
+    return tokenizer.decode([*inputs, targets[-1]]), tokenizer.decode(learnt)
+
+
+@pytest.fixture
+def tokenizer():
+    made = text.Bytes()
+    made.chat_format = "alpaca"
+    return made
+
+
+def test_only_replies_are_learnt_unless_all_is_asked_for(tokenizer):
+    whole, learnt = made(tokenizer, conversation("Why?", "So.", "And?", "Then."), 999)
+    assert learnt == "So.<|endoftext|>Then.<|endoftext|>" and whole.endswith("### Response:Then.<|endoftext|>")
+    assert made(tokenizer, conversation("Why?", "So."), 999, everything=True)[1] == made(
+        tokenizer, conversation("Why?", "So."), 999)[0][1:]
+    tokenizer.chat_format = None
+    assert made(tokenizer, conversation("Why?", "So."), 99) == ("Why?So.<|endoftext|>", "So.<|endoftext|>")
+
+
+@pytest.mark.parametrize("form", ["alpaca", "world", None])
+def test_a_reply_that_is_cut_still_ends(tokenizer, form):
+    tokenizer.chat_format = form
+    end = "\n\n" if form == "world" else "<|endoftext|>"
+    messages = conversation("Why?", "abcdefghijklmnopqrstuvwxyz")
+    whole = len(finetune.sequence(tokenizer, messages, 999)[0])
+    for cut in range(30):
+        found = finetune.sequence(tokenizer, messages, whole - cut)
+        if found is None:
+            break
+        learnt = tokenizer.decode([id for id in found[1] if id != -100])
+        assert len(found[0]) == whole - cut and learnt.endswith(end)
+        assert "abcdefghijklmnopqrstuvwxyz".startswith(learnt.removesuffix(end).strip())
+    assert cut >= 26 and found is None       # nothing is left but the prompt
+
+
+def test_a_question_whose_answer_is_cut_off_goes_too(tokenizer):
+    one = finetune.sequence(tokenizer, conversation("Why?", "So."), 999)
+    two = conversation("Why?", "So.", "And then, what else?", "Then.")
+    assert finetune.sequence(tokenizer, two, len(one[0]) + 20) == one
+    assert finetune.sequence(tokenizer, two, len(one[0])) == one
+    assert finetune.sequence(tokenizer, conversation("a" * 99, "b"), 50) is None
+
+
+def test_the_forms_of_rows_are_read_alike(tokenizer):
+    plain = conversation("Why?", "So.")
+    assert finetune.conversation({"messages": plain}) == plain
+    assert finetune.conversation({"prompt": "Why?", "completion": "So."}) == plain
+    assert finetune.conversation({"prompt": plain[:1], "completion": plain[1:]}) == plain
+    assert finetune.conversation({"prompt": "Why?", "chosen": "So.", "rejected": "x"}, "chosen") == plain
+    assert finetune.conversation({"chosen": plain, "rejected": plain}, "rejected") == plain
+    rows = finetune.conversation({"instruction": "Add.", "input": "1, 2", "output": "3"})
+    assert "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:3" in tokenizer.decode(
+        [id for part, _ in finetune.chat_parts(tokenizer, rows) for id in part])
+    tokenizer.chat_format = "world"          # has no field for the input
+    assert "User: Add.\n1, 2\n\nAssistant: 3" in tokenizer.decode(
+        [id for part, _ in finetune.chat_parts(tokenizer, rows) for id in part])
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", '\ufeff{"text": "a, \\"b\\"", "label": "x"}\n\n{"text": "c\\u2028d", "label": "y"}\n'),
+    ("a.json", '[{"text": "a, \\"b\\"", "label": "x"}, {"text": "c\\u2028d", "label": "y"}]'),
+    ("a.csv", '\ufefftext,label\r\n"a, ""b""",x\r\nc\u2028d,y\r\n'),
+    ("a.tsv", 'label\ttext\nx\t"a, ""b"""\ny\tc\u2028d\n')])
+def test_the_formats_of_files_are_read_alike(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode())
+    rows = finetune.read_rows([tmp_path / name])
+    assert [(row["text"], row["label"]) for row in rows] == [('a, "b"', "x"), ("c\u2028d", "y")]
+    assert rows[1]["where"].startswith(str(tmp_path / name))
+
+
+def test_every_label_is_held_out_in_the_same_part():
+    rows = [{"text": str(i), "label": label} for label, count in (("a", 60), ("b", 20)) for i in range(count)]
+    settings = finetune.Settings(task="classify", hold_out=0.2)
+    learn, held = finetune.split(list(rows), settings)
+    assert [sum(row["label"] == label for row in held) for label in "ab"] == [12, 4]
+    assert len(learn) == 64 and not [row for row in learn if row in held]
+    learn, held = finetune.split(list(rows), finetune.Settings(task="classify", hold_out=0.2, balance=True))
+    assert [sum(row["label"] == label for row in learn + held) for label in "ab"] == [20, 20]
+
+
+# --- the default data ---
+
+def test_default_data_are_read_from_sources_without_importing_them(monkeypatch):
+    files = [(name, path) for name, path in train.standard_library()
+             if name in ("posixpath.py", "antigravity.py", "email/message.py", "xml/sax/handler.py", "textwrap.py")]
+    monkeypatch.setattr(train, "standard_library", lambda: files)
+    before = set(sys.modules)
+    questions = {row["instruction"]: row["output"] for row in finetune.question_rows()}
+    assert questions["What does `os.path.join` do?"].startswith("Join two or more pathname components")
+    assert "What does `email.message.Message.as_string` do?" in questions
+    labels = finetune.label_rows()
+    assert {row["label"] for row in labels} == {"email", "xml"} and len({row["text"] for row in labels}) == len(labels)
+    pairs = finetune.preference_rows()
+    assert pairs and all(pair["chosen"] == questions[pair["prompt"]] != pair["rejected"] for pair in pairs)
+    headers = [row["prompt"] for row in finetune.header_rows()]
+    assert "def join(a, *p):\n" in headers
+    assert "antigravity" not in sys.modules and set(sys.modules) == before
+
+
+# --- padding ---
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_padded_batch_equals_its_rows_one_by_one(name):
+    model, dice = tiny(name, layers=2), random.Random(0)
+    examples = []
+    for size in (3, 17, 30, 11):
+        ids = [dice.randrange(257) for _ in range(size + 1)]
+        examples.append({"rows": [(ids[:-1], [-100] * 2 + ids[3:])]})
+    assert finetune.collate(examples)["tokens"].shape == (4, 30)
+
+    def gradient(batches):
+        model.zero_grad()
+        sums = [finetune.next_token_loss(model, finetune.collate(batch)) for batch in batches]
+        sum(nats for nats, _ in sums).backward()
+        count = sum(int(count) for _, count in sums)
+        return [count, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    together, alone = gradient([examples]), gradient([[example] for example in examples])
+    assert together[0] == alone[0] == 1 + 15 + 28 + 9
+    scale = max(g.abs().max().item() for g in alone[1:])
+    assert all((a - b).abs().max() < 2e-5 * scale for a, b in zip(together[1:], alone[1:]))
+    head = finetune.Classifier(model, ["a", "b", "c"])
+    batch = finetune.collate(examples)
+    logits = head(batch["tokens"], batch["length"])
+    for i, example in enumerate(examples):
+        batch = finetune.collate([example])
+        assert_close(logits[i:i + 1], head(batch["tokens"], batch["length"]), 1e-4, "label of a padded row")
+
+
+def test_groups_are_of_similar_length_and_fit():
+    examples = [{"rows": [(list(range(size)), [])]} for size in (5, 30, 7, 8, 31, 6)]
+    sizes = [[finetune.length(e) for e in group] for group in finetune.groups(examples, 32)]
+    assert sizes == [[5, 6, 7, 8], [30], [31]]
+
+
+# --- adapters ---
+
+def adapted(name, rank=3, **more):
+    """A small model with adapters that are not zero, and the plain one."""
+    plain, model = tiny(name, layers=2), tiny(name, layers=2)
+    finetune.add_lora(model, finetune.Settings(lora=rank, lora_alpha=2.0 * rank, **more))
+    return plain, model
+
+
+def draw_adapters(model):
+    for module in finetune.adapters(model).values():
+        nn.init.normal_(module.lora_B, std=0.1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lora_changes_nothing_at_first_and_merges_to_the_same(name, tmp_path):
+    plain, model = adapted(name)
+    tokens = torch.randint(257, (2, 20), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(tokens), plain(tokens))
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    linears = [n for n, m in plain.named_modules() if isinstance(m, nn.Linear) and ".0." in n or ".1." in n
+               and isinstance(m, nn.Linear)]
+    assert names == {f"{n}.lora_{part}" for n in linears for part in "AB"} and len(linears) >= 8
+    grouped = [p for group in model.parameter_groups() for p in group["params"]]
+    assert len(grouped) == len({id(p) for p in grouped}) == len(list(model.parameters()))
+    draw_adapters(model)
+    expected = model(tokens)
+    assert (expected - plain(tokens)).abs().max() > 0.01 * expected.abs().max()
+    assert_close(finetune.merged(model)(tokens), expected, 2e-5, "merged")
+    with finetune.without_adapters(model):
+        assert torch.equal(model(tokens), plain(tokens))
+    assert torch.equal(model(tokens), expected)
+    finetune.save_adapter(model, finetune.Settings(lora=3, lora_alpha=6.0, init_from="base"), tmp_path)
+    again = tiny(name, layers=2)
+    finetune.load_adapter(tmp_path, again)
+    assert torch.equal(again(tokens), expected)
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama3", "glm4"])
+def test_peft_opens_an_adapter_to_the_same_logits(name, tmp_path):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    plain, model = adapted(name)
+    draw_adapters(model)
+    plain.save_pretrained(tmp_path / "base")
+    finetune.save_adapter(model, finetune.Settings(lora=3, lora_alpha=6.0, init_from=str(tmp_path / "base")), tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    tokens = torch.randint(257, (2, 20))
+    assert_close(theirs(tokens).logits, model(tokens), 2e-5)
+
+
+def test_an_adapter_that_peft_made_opens_to_the_same_logits(tmp_path):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    tiny("llama3").save_pretrained(tmp_path / "base")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(
+        r=4, lora_alpha=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = tiny("llama3")
+    finetune.load_adapter(tmp_path / "adapter", model)
+    tokens = torch.randint(257, (2, 20))
+    assert_close(model(tokens), theirs.eval()(tokens).logits, 2e-5)
+    with pytest.raises(ValueError, match="was it made for another model"):
+        finetune.load_adapter(tmp_path / "adapter", tiny("rwkv6"))
+
+
+def test_lora_targets_choose_matrices_by_name():
+    _, model = adapted("gpt", lora_targets=r"h\.1\.attn")
+    assert list(finetune.adapters(model)) == ["h.1.attn.c_attn", "h.1.attn.c_proj"]
+    for wrong, word in (("nothing", "h.0.attn.c_attn"), ("(", "--lora-targets")):
+        with pytest.raises(ValueError, match=word):
+            adapted("gpt", lora_targets=wrong)
+
+
+# --- every task on every architecture ---
+
+def toy_data(task, folder):
+    """What a task learns in seconds, as arguments."""
+    if task == "grpo":
+        (folder / "reward.py").write_text(
+            "def reward(prompt, completion):\n    return sum(c < chr(128) for c in completion) / max(1, len(completion))\n")
+        return ["--data", rows_file(folder / "a.jsonl", [{"prompt": letter * 3} for letter in "abcdefghijklmnopqrst"]),
+                "--reward", folder / "reward.py", "--max-new-tokens", 8, "--updates", 1, "--steps", 12, "--batch", 4, "--lr", 0.05,
+                "--eval-examples", 64, "--kl", 0.001]
+    dice = random.Random(0)
+    words = ["".join(dice.choices("abcdefgh", k=5)) for _ in range(60)]
+    if task == "classify":
+        rows = [{"text": word + ending, "label": ending} for word, ending in zip(words, "xyz" * 20)]
+        return ["--data", rows_file(folder / "a.jsonl", rows), "--hold-out", 0.3, "--tune", "all", "--steps", 12, "--lr", 0.01]
+    key = {"sft": ("completion",), "dpo": ("chosen", "rejected")}[task]
+    rows = [{"prompt": word, **dict(zip(key, (word[0] * 4, word[1] + "?")))} for word in words]
+    return ["--data", rows_file(folder / "a.jsonl", rows), "--hold-out", 0.3, "--chat", "none", "--steps", 10, "--lr", 0.01]
+
+
+MEASURE = {"sft": "val_loss", "classify": "val_loss", "dpo": "margin", "grpo": "reward"}
+
+
+@pytest.mark.parametrize("task", finetune.TASKS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_tiny_run_improves_its_measure_by_more_than_twice_the_spread(name, task, base, tmp_path):
+    data, sign = toy_data(task, tmp_path), -1 if MEASURE[task] == "val_loss" else 1
+    firsts, lasts = zip(*[measures(start(task, base(name), tmp_path / f"run{seed}", *data, "--seed", seed),
+                                   MEASURE[task]) for seed in range(3)])
+    gain = sign * (statistics.mean(lasts) - statistics.mean(firsts))
+    assert gain > 2 * (max(lasts) - min(lasts)) and gain > 0, (firsts, lasts)
+
+
+@pytest.mark.parametrize("task", finetune.TASKS)
+def test_adapters_learn_every_task_and_merge(task, base, tmp_path, monkeypatch, capsys):
+    data, sign = toy_data(task, tmp_path), -1 if MEASURE[task] == "val_loss" else 1
+    out = start(task, base("rwkv6"), tmp_path / "run", *data, "--lora", 4, "--lr", 0.05)
+    first, last = measures(out, MEASURE[task])
+    assert sign * (last - first) > 0
+    assert (out / "adapter_model.safetensors").exists() and not (out / "model.pth").exists()
+    finetune.main(["--merge", "--init-from", str(out), "--out", str(tmp_path / "plain"), "--device", "cpu"])
+    start(task, tmp_path / "plain", tmp_path / "no", *data, "--eval-only")
+    if task in ("sft", "classify"):          # the others measure themselves by their start
+        assert f"{last:.4f}" in capsys.readouterr().out.split("at first")[-1]
+
+
+# --- a run ---
+
+@pytest.mark.parametrize("task", finetune.TASKS)
+def test_a_run_that_was_cut_goes_on_to_the_same_bits(task, base, tmp_path, monkeypatch):
+    """Cut after the third step: with two steps a round, in the middle of a round of grpo."""
+    data = [*toy_data(task, tmp_path), "--steps", 6, "--updates", 2]
+    whole = start(task, base("gpt"), tmp_path / "whole", *data)
+    save, at = train.save_resume, []
+
+    def cut(state, *more):
+        save(state, *more)
+        at.append(state["step"])
+        if state["step"] == 3:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train, "save_resume", cut)
+    with pytest.raises(SystemExit):
+        start(task, base("gpt"), tmp_path / "cut", *data, "--save-minutes", 0)
+    monkeypatch.setattr(train, "save_resume", save)
+    shutil.move(base("gpt"), tmp_path / "moved")                        # resume.pt is complete in itself
+    try:
+        finetune.main(["--resume", str(tmp_path / "cut"), "--samples", "0"])
+    finally:
+        shutil.move(tmp_path / "moved", base("gpt"))
+    assert at == [1, 2, 3] and (tmp_path / "cut" / "model.safetensors").read_bytes() == (
+        whole / "model.safetensors").read_bytes()
+
+
+def test_a_run_directory_opens_in_the_format_that_was_learnt(base, tmp_path):
+    rows = rows_file(tmp_path / "a.jsonl", [{"instruction": f"Say {n}.", "output": str(n)} for n in range(30)])
+    for chat, stated in (([], "alpaca"), (["--chat", "world"], "world"), (["--chat", "none"], None)):
+        out = start("sft", base("gpt"), tmp_path / f"{stated}", "--data", rows, "--steps", 1, *chat)
+        config = json.loads((out / "tokenizer_config.json").read_text())
+        assert config["chat_format"] == stated and text.load_tokenizer(out).chat_format == stated
+        assert train.load_checkpoint(out).config.vocab_size == 257
+        assert {"settings.json", "generation_config.json", "resume.pt", "log.jsonl"} <= {p.name for p in out.iterdir()}
+
+
+def test_predict_labels_new_text_with_the_saved_head(base, tmp_path, capsys):
+    data = toy_data("classify", tmp_path)
+    out = start("classify", base("llama3"), tmp_path / "run", *data, "--steps", 40)
+    assert measures(out, "accuracy")[1] == 1.0 and measures(out, "majority")[1] == pytest.approx(1 / 3)
+    (tmp_path / "new.txt").write_text("abcdx\nhhz\n\nfffy\n")
+    capsys.readouterr()
+    finetune.main(["--task", "classify", "--init-from", str(out), "--predict", str(tmp_path / "new.txt"), *QUICK])
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line]
+    assert [(lines[i][0], lines[i][2]) for i in (0, 1, 3)] == [("x", "abcdx"), ("z", "hhz"), ("y", "fffy")]
+    assert all(1 / 3 < float(p) <= 1 for _, p, _ in lines) and len(lines) == 4
+
+
+def test_accuracy_f1_and_baseline_equal_hand_worked_values():
+    task = finetune.Classify(finetune.Settings(), ALONE, text.Bytes(), tiny("gpt"), ["a", "b"])
+    found = task.summary([4.0, 3, 1, 2, 4])                              # loss; true a: 3 1, true b: 2 4
+    f1 = (2 * 3 / (4 + 5) + 2 * 4 / (6 + 5)) / 2
+    assert list(found.values()) == pytest.approx([0.4, 0.7, f1, 0.6])
+
+
+def test_only_the_last_block_the_last_norm_and_the_head_learn(base):
+    for name in MODELS:
+        task = finetune.Classify(finetune.Settings(), ALONE, text.Bytes(), tiny(name, layers=2), ["a", "b"])
+        learn = {n for n, p in task.net.named_parameters() if p.requires_grad}
+        blocks = {n for n in learn if ".1." in n}
+        assert len(learn - blocks) in (3, 4) and {"head.weight", "head.bias"} < learn and not [
+            n for n in learn if ".0." in n or "emb" in n or "wte" in n or "wpe" in n]
+
+
+def test_completions_keep_their_stop_id_and_the_probability_they_were_drawn_with(base):
+    model, tokenizer = tiny("rwkv6"), text.Bytes()
+    settings = finetune.Settings(task="grpo", context=96, max_new_tokens=30, group=16, micro_batch=64, data=["x"])
+    task = finetune.GRPO(settings, ALONE, tokenizer, model)
+    task.stop |= set(range(100, 140))
+    task.score, task.config = lambda prompt, texts, ended: [float(e) for e in ended], model.config
+    example = task.example({"prompt": "abc"})
+    [batch] = task.rollouts([example], 0)
+    drawn = [[id for id in row if id != -100] for row in batch["targets"].tolist()]
+    assert all(ids[-1] in task.stop or len(ids) == 30 for ids in drawn)
+    assert not [id for ids in drawn for id in ids[:-1] if id in task.stop] and [i for i in drawn if i[-1] in task.stop]
+    for ids in drawn[:4]:                    # token by token, as they were drawn
+        state, total = model.new_state(1, 99), 0.0
+        logits = model(torch.tensor([example["rows"][0][0]]), state)[0, -1]
+        for id in ids:
+            total += logits.log_softmax(-1)[id].item()
+            logits = model(torch.tensor([[id]]), state)[0, -1]
+        row = drawn.index(ids)
+        assert batch["old"][row].sum().item() == pytest.approx(total, rel=1e-4)
+    assert torch.equal(batch["old"], batch["reference"])
+
+
+def test_a_reward_is_executed_and_says_so(base, tmp_path, capsys):
+    start("grpo", base("gpt"), tmp_path / "run", *toy_data("grpo", tmp_path), "--steps", 1)
+    assert f"EXECUTES {tmp_path / 'reward.py'}" in capsys.readouterr().out
+
+
+# --- mistakes ---
+
+def test_a_mistake_is_one_line_that_says_what_to_do(base, tmp_path, capsys):
+    def files(content, name="bad.jsonl"):
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+    def sft(*more):
+        return refused(capsys, "--task", "sft", "--init-from", base("gpt"), *QUICK, *more)
+    assert "--init-from" in refused(capsys, "--task", "sft")
+    assert "choose from sft, classify, dpo, grpo" in refused(capsys, "--task", "rl")
+    assert "--layers is a flag of train.py" in refused(capsys, "--task", "sft", "--layers", 2)
+    assert "did you mean --lora" in refused(capsys, "--task", "sft", "--lorra", 2)
+    assert "missing" in refused(capsys, "--task", "sft", "--init-from", tmp_path / "missing")
+    assert "no such file" in sft("--data", tmp_path / "none.jsonl")
+    assert "bad.jsonl cannot be read" in sft("--data", files(b'{"a": 1}\n{"a"'))
+    assert "cannot be read" in sft("--data", files(b"\xff\xfe\xff"))
+    assert "row 1" in sft("--data", files(b"[1, 2]"))
+    assert 'bad.jsonl, row 2 has a: it needs a text "prompt"' in sft(
+        "--data", files(b'{"prompt": "x", "completion": "y"}\n{"a": 1}'))
+    assert "bad.jsonl, row 1: message 0 needs a role" in sft("--data", files(b'{"messages": [{"role": "x"}]}'))
+    assert ".jsonl" in sft("--data", files(b"text", "bad.parquet"))
+    assert "give more data" in sft("--data", files(b'{"prompt": "x", "completion": "y"}'))
+    assert "--lora-targets" in sft("--lora", 2, "--lora-targets", "zzz", "--data", files(
+        b'{"prompt": "x", "completion": "y"}'))
+    classify = ("--task", "classify", "--init-from", base("gpt"), *QUICK)
+    assert "has no head" in refused(capsys, *classify, "--predict", files(b"a\n", "a.txt"))
+    assert "only one label" in refused(capsys, *classify, "--data", files(b"text,lab\nhello,a\nx,b\n", "b.csv"))
+    assert 'it needs a text "text"' in refused(capsys, *classify, "--data", files(b"spam,hello\nham,x\n", "a.csv"))
+    grpo = ("--task", "grpo", "--init-from", base("gpt"), *QUICK, "--data", files(
+        b'{"prompt": "a"}\n{"prompt": "b"}'), "--reward")
+    for name, content, words in (("none.py", None, "No such file"), ("a.py", b"x = 1", "reward"),
+                                 ("b.py", b"def", "SyntaxError"),
+                                 ("c.py", b"def reward(p, c): return 1 / 0", "ZeroDivisionError"),
+                                 ("d.py", b"def reward(p, c): return float('nan')", "finite")):
+        line = refused(capsys, *grpo, tmp_path / name if content is None else files(content, name))
+        assert words in line and "--reward" in line, line
