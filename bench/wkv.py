@@ -116,8 +116,8 @@ def operator_table(B, H, T, D, device, dtype, repeats):
     print(f"         {moved / 1e6:.0f} MB in and out at {rate / 1e9:.1f} GB/s: "
           f"{1e3 * moved / rate:.2f} ms. The gap is what each form takes of the larger one:")
     for name, seconds in took.items():
-        print(f"  {name:23} {1e3 * seconds:9.2f} ms = {seconds / took['attention']:7.2f} x attention; "
-              f"gap {seconds / floor:6.1f}; {took['token loop'] / seconds:6.1f} x the loop's speed",
+        print(f"  {name:22}{1e3 * seconds:8.2f} ms = {seconds / took['attention']:6.2f} x attention"
+              f"; gap{seconds / floor:5.1f};{took['token loop'] / seconds:6.1f} x the loop's speed",
               flush=True)
 
 
