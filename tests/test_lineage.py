@@ -666,7 +666,8 @@ def test_a_few_steps_of_training_lower_the_loss(kind):
     torch.manual_seed(0)
     file, fields = KINDS[kind]
     its = parts(file)
-    model = its.Model(replace(its.Config.sized(2, 32, 61, 40), **{**fields, **({"ctx_len": 40} if "headQK" in kind else {})}))
+    fields = {**fields, "ctx_len": 40} if "headQK" in kind else fields
+    model = its.Model(replace(its.Config.sized(2, 32, 61, 40), **fields))
     tokens = torch.arange(80).view(2, 40) % 7
     groups = [{"params": g["params"], "lr": 6e-3 * g["lr_scale"], "weight_decay": 0.1 * g["decay"]}
               for g in model.parameter_groups()]
