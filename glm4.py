@@ -728,14 +728,15 @@ def main() -> None:
         from tokenizer import load_tokenizer             # text needs it; generate() on ids does not
         tokenizer = load_tokenizer(args.tokenizer or args.weights)
         model = GLM4.from_pretrained(args.weights, device, getattr(torch, args.dtype or "", None))
-        prompt, decoder = tokenizer.encode(args.prompt), tokenizer.stream_decoder()
+        begin = args.prompt.rstrip(" ")                  # the space is a part of the next word
+        prompt, decoder = tokenizer.encode(begin), tokenizer.stream_decoder()
         if tokenizer.bos_id is not None or not prompt:
             prompt.insert(0, tokenizer.end_id if tokenizer.bos_id is None else tokenizer.bos_id)
 
         def show(row, id):
             times.append(time.perf_counter())
             print(decoder.feed([id]) if id not in tokenizer.stop_ids else "", end="", flush=True)
-        print(args.prompt, end="", flush=True)
+        print(begin, end="", flush=True)
         model.generate([prompt], args.max_new_tokens, temperature=args.temperature, seed=args.seed,
                        top_k=args.top_k, top_p=args.top_p, stop=tokenizer.stop_ids, on_token=show)
     except (ValueError, OSError, ImportError, RuntimeError) as error:

@@ -71,7 +71,7 @@ class Settings:
     vocab: int | None = flag(None, "ids of a new tokenizer, specials too (default: 4096)", low=257)
     split_seed: int = flag(0, "decides which documents are held out")
     out: str | None = flag(None, "the run directory (default: out/MODEL, then out/MODEL-2, ...)")
-    steps: int | None = flag(None, "optimiser steps (default: 1900)", low=1)
+    steps: int | None = flag(None, "optimiser steps (default: 1800)", low=1)
     minutes: float | None = flag(None, "instead of --steps: what fits into this time", low=0.05)
     tokens_per_step: int | None = flag(None, "tokens in a step (default: 1024; with --size or "
                                              "--init-from 16384)", low=2)
@@ -92,7 +92,8 @@ class Settings:
     eval_every: int | None = flag(None, "steps between validations (default: a tenth)", low=1)
     eval_tokens: int = flag(32768, "tokens of a validation on the way; the last reads all", low=1)
     sample_every: int | None = flag(None, "steps between samples (default: a quarter)", low=1)
-    sample_prompt: str = flag("", "what samples begin with")
+    sample_prompt: str | None = flag(None, "what samples begin with (default: nothing; on the source "
+                                           "of Python's standard library \"def\")")
     save_minutes: float = flag(5.0, "minutes between saves", low=0)
     workers: int | None = flag(None, "processes that pack text (default: as many as pay)", low=1)
     init_from: str | None = flag(None, "start from this checkpoint, with its tokenizer")
@@ -221,7 +222,7 @@ def identify(path: Path) -> str:
 
 
 def locate(path: str | Path) -> Path:
-    """A folder or file as it is; a repository's id, as openai-community/gpt2, where it lies here."""
+    """A folder or file as it is; a repository's id, as openai-community/gpt2: where it lies."""
     path = Path(path)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):
         with contextlib.suppress(ImportError):          # without the package it is a missing folder
@@ -986,13 +987,15 @@ def fill_defaults(settings: Settings, given: set[str]) -> None:
         settings.layers, settings.width = settings.layers or 2, settings.width or 192
     if not (settings.tokenizer or settings.init_from):
         settings.vocab = settings.vocab or 4096
+    if settings.sample_prompt is None:
+        settings.sample_prompt = "" if settings.data else "def"
     settings.context = settings.context or (256 if own else 1024)
     settings.tokens_per_step = settings.tokens_per_step or (1024 if own else 16384)
     if settings.lr is None:
         settings.lr = 3.5e-3 * math.sqrt(192 / settings.width) if own else 6e-4
         settings.lr = 1e-4 if settings.init_from else settings.lr
     if settings.steps is None and settings.minutes is None:
-        settings.steps = 1900
+        settings.steps = 1800
 
 
 def fill_schedule(settings: Settings, run: Run, model, batches, loss) -> None:
@@ -1053,8 +1056,8 @@ def train(settings: Settings, given: set[str]) -> None:
         prompt = [tokenizer.end_id, *tokenizer.encode(settings.sample_prompt)]
         model.eval()
         room = (config.context or 10**6) - len(prompt)
-        [new] = model.generate([prompt], min(150, room), temperature=0.8, stop=[tokenizer.end_id],
-                               seed=settings.seed)
+        [new] = model.generate([prompt], min(150, room), temperature=0.8, top_p=0.9,
+                               stop=[tokenizer.end_id], seed=settings.seed)
         model.train()
         return "--- sample ---\n" + settings.sample_prompt + tokenizer.decode(new) + "\n---"
     rivals = compressed(corpus)
