@@ -1,4 +1,5 @@
 """What several tests need: comparing tensors with a reason, the loss, and how a run is started."""
+import hashlib
 import os
 import subprocess
 import sys
@@ -16,6 +17,30 @@ def assert_close(actual, expected, relative, what=""):
     actual, expected = actual.detach().double(), expected.double()
     worst, scale = (actual - expected).abs().max().item(), expected.abs().max().item()
     assert worst <= relative * max(scale, 1e-6), f"{what} differs by {worst:.3g}, scale {scale:.3g}"
+
+
+def assert_gradient(grad, expected, name, tolerance):
+    """The size of a gradient and its direction, both from one official run.
+
+    expected: gradnorm.NAME, its L2 norm, and graddot.NAME, its product with cos(1), cos(2), ... in
+    the order of its elements: a wrong sign, scale, place or element changes at least one. Norms
+    below 1e-3 are compared absolutely (k biases of channels that RoPE leaves alone are 0).
+    """
+    grad = grad.detach().double().flatten()
+    norm = expected[f"gradnorm.{name}"].item()
+    along = (grad * torch.cos(torch.arange(1.0, len(grad) + 1, dtype=torch.float64))).sum().item()
+    worst = max(abs(grad.norm().item() - norm), abs(along - expected[f"graddot.{name}"].item()))
+    told = f"gradient of {name} is off by {worst:.3g}, norm {norm:.3g}"
+    assert worst <= tolerance * max(norm, 1e-3), told
+
+
+def digest(tensors):
+    """One SHA-256 of names, dtypes, shapes and bits, whatever file they came from."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def cross_entropy(model, tokens):

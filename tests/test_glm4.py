@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_close, assert_one_line_error, continuation, cross_entropy, published, run
+from helpers import (assert_close, assert_gradient, assert_one_line_error, continuation,
+                     cross_entropy, digest, published, run)
 from torch.nn import functional as F
 
 import glm4
@@ -14,6 +15,17 @@ from glm4 import GLM4, SIZES, GLM4Config, State, dequantised, read_tensors, rota
 
 SETS = ("chatglm3", "glm4", "glm4_hf", "glm4_0414")
 every_set = pytest.mark.parametrize("name", SETS)
+
+
+@pytest.fixture(scope="module")
+def golden(golden, tmp_path_factory):
+    """The goldens; glm4_hf is the model of glm4 and gets its weights from there."""
+    folder = tmp_path_factory.mktemp("golden")
+    for source in golden.glob("*glm*/"):
+        shutil.copytree(source, folder / source.name)
+    GLM4.from_pretrained(folder / "glm4").save_pretrained(folder / "new")
+    shutil.move(folder / "new/model.safetensors", folder / "glm4_hf")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +56,18 @@ def test_each_layer_and_the_logits_equal_the_official_code(load, name):
     for block in model.model.layers:
         block.register_forward_hook(lambda module, inputs, output: seen.append(output))
     logits = model(expected["tokens"])
+    theirs = expected if name != "glm4_hf" else load("glm4")[1]         # the same model
     for i, hidden in enumerate(seen):
-        assert_close(hidden, expected[f"hidden.{i}"], 1e-5, f"{name}: the stream after layer {i}")
-    assert f"hidden.{len(seen)}" not in expected and len(seen) == 4
+        assert_close(hidden, theirs[f"hidden.{i}"], 1e-5, f"{name}: the stream after layer {i}")
+    assert f"hidden.{len(seen)}" not in theirs and len(seen) == 4
     assert_close(logits, expected["logits"], 1e-5, name)
 
 
-@every_set
+@pytest.mark.parametrize("name", ("glm4", "glm4_0414"))
 def test_float64_logits_equal_the_official_code_in_float64(load, name):
     model, expected = load(name)
-    assert_close(model.double()(expected["tokens"]), expected["logits_f64_pure"], 1e-12, name)
+    logits = model.double()(expected["tokens"])
+    assert_close(logits[:, -8:], expected["logits_f64_pure"], 1e-12, name)
 
 
 @pytest.mark.parametrize("name", ("chatglm3", "glm4", "glm4_0414"))
@@ -62,18 +76,12 @@ def test_loss_and_gradients_equal_the_official_code(load, name):
     loss = cross_entropy(model, expected["tokens"])
     loss.backward()
     assert_close(loss, expected["loss"], 1e-6, "loss")
-    theirs = ((key[5:], grad) for key, grad in expected.items() if key.startswith("grad."))
-    grads = dict(to_ours(theirs, model.config))
-    assert set(grads) == {key for key, _ in model.named_parameters()}
-    rows = torch.ones(model.config.vocab_size, dtype=torch.bool)
     if name == "glm4_0414":                  # transformers gives the pad row no gradient
-        rows[model.config.pad_id] = False
+        model.model.embed_tokens.weight.grad[model.config.pad_id] = 0
+    told = {key.removeprefix("gradnorm.") for key in expected if key.startswith("gradnorm.")}
+    assert told == {key for key, _ in model.named_parameters()}
     for key, parameter in model.named_parameters():
-        ours, want = parameter.grad, grads[key]
-        if key == "model.embed_tokens.weight":
-            ours, want = ours[rows], want[rows]
-        scale = max(want.abs().max().item(), 1e-3)      # k biases of unturned channels: exactly 0
-        assert (ours - want).abs().max() <= 2e-5 * scale, key
+        assert_gradient(parameter.grad, expected, key, 1e-5)
 
 
 @every_set
@@ -90,8 +98,8 @@ def test_rows_of_different_lengths_equal_the_padded_batch_of_the_official_code(l
     prompts = [ids[keep].tolist() for ids, keep in zip(expected["pad.tokens"], mask)]
     assert len({len(prompt) for prompt in prompts}) > 1
     assert model.generate(prompts, 16, temperature=0) == expected["pad.generated"].tolist()
-    for prompt, logits, keep in zip(prompts, expected["pad.logits"], mask):
-        assert_close(model(torch.tensor([prompt]))[0], logits[keep], 2e-5, "row")
+    for prompt, logits in zip(prompts, expected["pad.last_logits"]):
+        assert_close(model(torch.tensor([prompt]))[0, -1], logits, 2e-5, "row")
 
 
 def variants(golden):
@@ -107,15 +115,14 @@ def test_each_config_field_acts_as_in_the_official_code_or_is_refused_by_name(go
     seen = set()
     for i, (name, field, value, logits) in enumerate(variants(golden)):
         folder = edited(golden, name, tmp_path / str(i), **{field: value})
-        if field == "apply_residual_connection_post_layernorm":
-            with pytest.raises(ValueError, match=f"{field} = True"):
-                GLM4.from_pretrained(folder)
-        else:
-            tokens = published(golden / name)["tokens"]
-            assert_close(GLM4.from_pretrained(folder)(tokens), logits, 1e-5, f"{name} {field}")
+        ours = GLM4.from_pretrained(folder)(published(golden / name)["tokens"])
+        assert_close(ours[:, -8:], logits, 1e-5, f"{name} {field}")
         seen.add(field)
-    assert seen == {"apply_residual_connection_post_layernorm", "apply_query_key_layer_scaling",
-                    "rope_ratio", "layernorm_epsilon", "rope_theta"}
+    assert seen == {"apply_query_key_layer_scaling", "rope_ratio", "layernorm_epsilon", "rope_theta"}
+    refused = "apply_residual_connection_post_layernorm"
+    for name in ("chatglm3", "glm4"):
+        with pytest.raises(ValueError, match=f"{refused} = True"):
+            GLM4.from_pretrained(edited(golden, name, tmp_path / name, **{refused: True}))
 
 
 def test_the_two_layouts_of_one_model_hold_the_same_tensors(load):
@@ -125,12 +132,19 @@ def test_the_two_layouts_of_one_model_hold_the_same_tensors(load):
         assert torch.equal(tensor, converted.state_dict()[key]), key
 
 
+def test_the_weights_put_together_for_these_tests_are_the_converted_ones(golden):
+    """By digest: the file itself would be the weights of glm4 again."""
+    [(file, told)] = json.loads((golden / "glm4_hf/digests.json").read_text()).items()
+    assert digest(dict(read_tensors(golden / "glm4_hf" / file))) == told
+
+
 def test_the_wrong_base_of_published_hf_configs_can_be_overridden(golden, load, tmp_path):
     """Their rope_theta is 10000; an override makes the model that was trained."""
     folder = edited(golden, "glm4_hf", tmp_path / "copy", rope_theta=10000.0)
     expected = published(golden / "glm4_hf")
     obeyed, right = GLM4.from_pretrained(folder), GLM4.from_pretrained(folder, rope_theta=5e6)
-    assert_close(obeyed(expected["tokens"]), expected["variant.rope_theta_10000.logits"], 1e-5)
+    logits = obeyed(expected["tokens"])
+    assert_close(logits[:, -8:], expected["variant.rope_theta_10000.logits"], 1e-5)
     assert_close(right(expected["tokens"]), expected["logits"], 1e-5)
 
 
@@ -368,7 +382,8 @@ def test_a_cached_pass_in_pieces_equals_one_pass(load, name):
     state = model.new_state(len(tokens), 30)
     with torch.no_grad():
         pieces = [model(piece, state) for piece in tokens.split([5, 1, 11, 7], dim=1)]
-    assert_close(torch.cat(pieces, 1), model(tokens), 5e-6, "logits")
+    # Other lengths, other orders of fp32 sums: 1e-5 relative holds with any number of threads.
+    assert_close(torch.cat(pieces, 1), model(tokens), 1e-5, "logits")
     assert state.position.tolist() == [24, 24]
     assert state.key.shape == (len(tokens), 3, 30, 2, 16)
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_close, assert_one_line_error, continuation, cross_entropy, published, run
+from helpers import (assert_close, assert_gradient, assert_one_line_error, continuation,
+                     cross_entropy, published, run)
 
 from gpt import GPT, SIZES, GPTConfig, State, read_tensors
 
@@ -42,9 +43,8 @@ def test_gpt2_loss_and_gradients_equal_transformers(golden, expected):
     loss.backward()
     assert_close(loss, expected["loss"], 1e-6, "loss")
     for name, parameter in model.named_parameters():
-        grad = parameter.grad.t() if expected[f"grad.{name}"].shape != parameter.shape or (
-            ".c_" in name and name.endswith("weight")) else parameter.grad
-        assert_close(grad, expected[f"grad.{name}"], 1e-4, name)
+        turned = ".c_" in name and name.endswith("weight")              # Conv1D: (in, out)
+        assert_gradient(parameter.grad.t() if turned else parameter.grad, expected, name, 1e-5)
 
 
 def test_gpt2_greedy_ids_equal_transformers(model, expected):
@@ -57,15 +57,17 @@ def test_gpt2_rows_of_different_lengths_equal_the_padded_batch_of_transformers(m
     prompts = [ids[keep].tolist() for ids, keep in zip(expected["leftpad_input_ids"], mask)]
     assert len({len(prompt) for prompt in prompts}) > 1
     assert model.generate(prompts, 16, temperature=0) == expected["leftpad_greedy_ids"].tolist()
-    for prompt, logits, keep in zip(prompts, expected["leftpad_logits"], mask):
-        assert_close(model(torch.tensor([prompt]))[0], logits[keep], 2e-5, "row")
+    for prompt, logits in zip(prompts, expected["leftpad_last_logits"]):
+        assert_close(model(torch.tensor([prompt]))[0, -1], logits, 2e-5, "row")
 
 
 def test_nanogpt_checkpoints_equal_nanogpt(golden):
     expected = published(golden / "gpt2/nanogpt")
     for file, prefix in (("ckpt.pt", ""), ("ckpt_nobias_compiled.pt", "nobias_")):
         model = GPT.from_pretrained(golden / "gpt2/nanogpt" / file)
-        assert_close(model(expected["tokens"]), expected[f"{prefix}logits"], 2e-5, file)
+        logits = model(expected["tokens"])
+        want = expected["logits"] if not prefix else expected["nobias_last_logits"]
+        assert_close(logits[:, -want.shape[1]:], want, 2e-5, file)
         greedy = model.generate(expected["greedy_prompt"].tolist(), 16, temperature=0)
         assert greedy == expected[f"{prefix}greedy_ids"].tolist()
 
@@ -82,8 +84,7 @@ def test_nanogpt_sliding_window_equals_model_of_the_last_ids(golden):
 def test_bf16_logits_are_no_further_from_fp32_than_the_official_ones(golden, expected):
     model = GPT.from_pretrained(golden / "gpt2", dtype=torch.bfloat16)
     ours = (model(expected["tokens"]).float() - expected["logits"]).abs().mean()
-    theirs = (expected["logits_bf16"] - expected["logits"]).abs().mean()
-    assert ours <= 1.1 * theirs
+    assert ours <= 1.1 * expected["bf16_error"]
 
 
 # --- sizes and initialisation ---
@@ -142,7 +143,8 @@ def test_a_cached_pass_in_pieces_equals_one_pass(model, expected):
     state = model.new_state(len(tokens), 30)
     with torch.no_grad():
         pieces = [model(piece, state) for piece in tokens.split([5, 1, 11, 7], dim=1)]
-    assert_close(torch.cat(pieces, 1), model(tokens), 2e-6, "logits")
+    # Other lengths, other orders of fp32 sums: 1e-5 relative holds with any number of threads.
+    assert_close(torch.cat(pieces, 1), model(tokens), 1e-5, "logits")
     assert state.position.tolist() == [24, 24]
 
 

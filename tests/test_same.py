@@ -39,6 +39,10 @@ def test_model_files_import_only_the_standard_library_and_torch(root):
             assert {name.split(".")[0] for name in names} <= allowed, f"{file}: {names}"
 
 
+def test_goldens_are_small(golden):
+    assert 1e6 < sum(path.stat().st_size for path in golden.rglob("*") if path.is_file()) < 12e6
+
+
 def test_no_file_names_one_device_or_runs_what_it_reads(root):
     bad = re.compile(r"\.cuda\(\)|weights_only\s*=\s*False|(?<![\w.])eval\(|triu\([^\n]*inf|except\s*:\s*$", re.M)
     checked = [p for folder in ("", "lineage", "bench") for p in (root / folder).glob("*.py")]
