@@ -742,7 +742,7 @@ def main() -> None:
         model.generate([prompt], args.max_new_tokens, temperature=args.temperature, seed=args.seed,
                        top_k=args.top_k, top_p=args.top_p, stop=tokenizer.stop_ids, on_token=show)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: {error}\n")
     speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
     print(f"{decoder.finish()}\n[{len(times)} tokens, {speed:.1f} tokens/s]")
 

@@ -92,8 +92,8 @@ class Settings:
     eval_every: int | None = flag(None, "steps between validations (default: a tenth)", low=1)
     eval_tokens: int = flag(32768, "tokens of a validation on the way; the last reads all", low=1)
     sample_every: int | None = flag(None, "steps between samples (default: a quarter)", low=1)
-    sample_prompt: str | None = flag(None, "what samples begin with (default: nothing; on the source "
-                                           "of Python's standard library \"def\")")
+    sample_prompt: str | None = flag(None, "what samples begin with (default: nothing; \"def\" on "
+                                           "the source of Python's standard library)")
     save_minutes: float = flag(5.0, "minutes between saves", low=0)
     workers: int | None = flag(None, "processes that pack text (default: as many as pay)", low=1)
     init_from: str | None = flag(None, "start from this checkpoint, with its tokenizer")
@@ -1067,6 +1067,9 @@ def train(settings: Settings, given: set[str]) -> None:
         return
     batches = Batches(corpus.train, settings.context, sequences, settings.micro_batch,
                       settings.seed, run)
+    if batches.context < settings.context:
+        run.say(f"warning    {len(corpus.train)} tokens are less than a context of "
+                f"{settings.context}: sequences are {batches.context} long")
     tokens = settings.tokens_per_step = sequences * batches.context
     fill_schedule(settings, run, model, batches, next_token_loss)
     epochs = settings.steps * tokens / len(corpus.train)
