@@ -1,8 +1,11 @@
 """Options and fixtures of all tests: where the goldens are, where real weights may be."""
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch: these models are too small for threads
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
