@@ -12,7 +12,8 @@ which package a docstring comes from, whose docstring it is, function headers to
               {"prompt", "completion"}
     classify  .csv, .tsv, .jsonl or .json with text and label; then --predict FILE
     dpo       .jsonl or .json of {"prompt", "chosen", "rejected"}
-    grpo      .jsonl or .json of {"prompt"}, and --reward FILE.py with reward(prompt, completion)
+    grpo      .jsonl or .json of {"prompt"}, perhaps with a "completion" to learn from as well, and
+              --reward FILE.py with reward(prompt, completion)
 
 --lora RANK trains two small matrices beside each large one, and keeps only them: an adapter, which
 peft opens for the models that transformers knows. What comes out is a run directory for chat.py.
@@ -39,6 +40,7 @@ import random
 import re
 import shutil
 import sys
+import textwrap
 import time
 import warnings
 from dataclasses import dataclass
@@ -164,15 +166,18 @@ def preference_rows() -> list[dict]:
             for row, other in zip(rows, others) if other != row["output"]]
 
 
-def header_rows() -> list[dict]:
-    """{"prompt"}: the header of a function, to be given a body."""
-    prompts = {}
+def function_rows() -> list[dict]:
+    """{"prompt", "completion"}: the header of a short function or method, and its body."""
+    rows = {}
     for _, node, lines in definitions():
-        if isinstance(node, ast.FunctionDef) and node.col_offset == 0:
+        bodies = node.body[ast.get_docstring(node, clean=False) is not None:]
+        if isinstance(node, ast.FunctionDef) and bodies:
             header = "\n".join(lines[node.lineno - 1:node.body[0].lineno - 1]) + "\n"
-            if len(header) < 100 and statements(header + "    pass") is not None:
-                prompts[header] = True
-    return [{"prompt": prompt} for prompt in prompts]
+            body = "\n".join(lines[bodies[0].lineno - 1:node.end_lineno]) + "\n\n"
+            length, both = len(textwrap.dedent(header)), textwrap.dedent(header + body)
+            if len(both) < 240 and code_reward(both[:length], [both[length:]], [True]) == [1.0]:
+                rows[both[:length]] = both[length:]
+    return [{"prompt": prompt, "completion": body} for prompt, body in rows.items()]
 
 
 def statements(source: str) -> set[str] | None:
@@ -200,7 +205,7 @@ def code_reward(prompt: str, completions: list[str], ended: list[bool]) -> list[
     return rewards
 
 
-DEFAULT_ROWS = dict(zip(TASKS, (question_rows, label_rows, preference_rows, header_rows)))
+DEFAULT_ROWS = dict(zip(TASKS, (question_rows, label_rows, preference_rows, function_rows)))
 
 # ----------------------------------------------------------------------------------------- reading
 
@@ -245,16 +250,21 @@ def strings(row: dict, *names: str) -> list[str]:
 def conversation(row: dict, reply: str = "completion") -> list[dict]:
     """The messages of a row: as they are, in Alpaca's form, or a prompt and a reply, where each may
     be a list of messages. A reply may hold its prompt."""
+    fields = [("prompt", "user"), (reply, "assistant")]
     if "messages" in row:
-        return row["messages"]
-    if "instruction" in row:
-        instruction, output = strings(row, "instruction", "output")
-        return [{"role": "user", "content": instruction, "input": row.get("input")},
-                {"role": "assistant", "content": output}]
-    asked = [("prompt", "user")] if "prompt" in row or not isinstance(row.get(reply), list) else []
-    return [message for name, role in (*asked, (reply, "assistant")) for message in (
-        row[name] if isinstance(row.get(name), list) else
-        [{"role": role, "content": strings(row, name)[0]}])]
+        fields = [("messages", "user")]
+    elif "instruction" in row:
+        fields = [("instruction", "user"), ("output", "assistant")]
+    elif "prompt" not in row and isinstance(row.get(reply), list):
+        fields = fields[1:]
+    messages = []
+    for name, role in fields:
+        messages += row[name] if isinstance(row.get(name), list) else [
+            {"role": role, "content": strings(row, name)[0]}]
+    if not messages or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"{row.get('where', 'a row')}: messages are [{{\"role\", \"content\"}}, ...]")
+    more = {"input": row["input"]} if fields[0][0] == "instruction" and row.get("input") else {}
+    return [messages[0] | more, *messages[1:]]
 
 
 def chat_parts(tokenizer, messages: list[dict], where="") -> list[tuple[list[int], bool]]:
@@ -733,7 +743,11 @@ def advantages(rewards: list[float]) -> list[float]:
 
 class GRPO(Task):
     """Group relative policy optimisation: completions that earn more than the mean of their group,
-    which has the same prompt, become likelier."""
+    which has the same prompt, become likelier.
+
+    Data that have completions show them: each is one of its group. A model too weak to ever earn
+    something learns from them until it does, and then they are no better than the group's mean.
+    """
 
     def __init__(self, settings, run, tokenizer, model):
         super().__init__(settings, run, tokenizer, model)
@@ -742,16 +756,20 @@ class GRPO(Task):
         if settings.reward:
             run.say(f"reward     EXECUTES {settings.reward}: it is your own code")
             self.score = load_reward(Path(settings.reward))
-        if not settings.data:                # two blank lines end a function, too
+        if not settings.data:                # there, a blank line ends a function, too
             self.stop |= {id for id in range(tokenizer.vocab_size)
-                          if b"\n\n\n" in tokenizer.to_bytes([id])}
+                          if b"\n\n" in tokenizer.to_bytes([id])}
 
     def example(self, row: dict) -> dict | None:
-        asked = conversation({**row, "completion": ""})[:-1]
-        parts = chat_parts(self.tokenizer, asked, row.get("where", ""))
-        prompt = [id for part, _ in parts for id in part]
-        room = self.settings.context - len(prompt) >= 8                 # else it is no completion
-        return {"rows": [(prompt, prompt)], "prompt": asked[-1]["content"]} if room else None
+        messages, where = conversation({"output": "", "completion": "", **row}), row.get("where", "")
+        asked = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+        prompt = [id for part, _ in chat_parts(self.tokenizer, asked, where) for id in part]
+        reply = [id for part, _ in chat_parts(self.tokenizer, messages, where) for id in part]
+        shown = reply[len(prompt):] if messages[-1]["content"] and messages != asked else []
+        ends = [n for n, id in enumerate(shown, 1) if id in self.stop]
+        most = min(self.settings.max_new_tokens, self.settings.context - len(prompt))
+        return {"rows": [(prompt, prompt)], "prompt": asked[-1]["content"],
+                "shown": shown[:ends[0]] if ends and ends[0] <= most else []} if most >= 8 else None
 
     def begin(self, saved: dict) -> None:
         if self.settings.kl and not self.settings.lora:
@@ -775,8 +793,9 @@ class GRPO(Task):
             return self.drawn
         return of_step
 
-    def draw(self, prompts: list[dict], seed: int) -> list[dict]:
-        """A group of completions of each prompt: their ids, text, reward and advantage."""
+    def draw(self, prompts: list[dict], seed: int, show=False) -> list[dict]:
+        """A group of completions of each prompt: their ids, text, reward and advantage; with
+        `show`, the prompt's own completion is the last of them, if there is one."""
         size, made = self.settings.group, []
         asked = [prompt for prompt in prompts for _ in range(size)]
         drawn = [[] for _ in asked]          # with their stop ids, which `generate` leaves out
@@ -784,15 +803,19 @@ class GRPO(Task):
                           temperature=self.settings.temperature, stop=self.stop, seed=seed,
                           on_token=lambda row, id: drawn[row].append(id))
         for prompt, group in zip(prompts, (drawn[i:i + size] for i in range(0, len(drawn), size))):
+            shown = bool(show and prompt["shown"])
+            group = [*group[:-1], prompt["shown"]] if shown else group
             texts = [self.tokenizer.decode([id for id in ids if id not in self.silent])
                      for ids in group]
             rewards = self.score(prompt["prompt"], texts, [ids[-1] in self.stop for ids in group])
-            made += [{"prompt": prompt, "ids": ids, "text": content, "reward": r, "advantage": a}
+            made += [{"prompt": prompt, "ids": ids, "text": content, "reward": r, "advantage": a,
+                      "shown": shown and ids is group[-1]}
                      for ids, content, r, a in zip(group, texts, rewards, advantages(rewards))]
         return made
 
     def means(self, made: list[dict]) -> dict:
-        """Of completions: reward, length, and which part of them no other of their group equals."""
+        """Of completions drawn: reward, length, and which part no other of their group equals."""
+        made = [m for m in made if not m["shown"]]
         different = len({(id(m["prompt"]), m["text"]) for m in made})
         sums = self.run.sum(sum(m["reward"] for m in made), sum(len(m["ids"]) for m in made),
                             different, len(made))
@@ -801,7 +824,7 @@ class GRPO(Task):
     @torch.no_grad()
     def rollouts(self, prompts: list[dict], step: int) -> list[dict]:
         """Micro-batches of new completions, with their log-probabilities now and at the start."""
-        temperature, made = self.settings.temperature, self.draw(prompts, seed=(
+        temperature, made = self.settings.temperature, self.draw(prompts, show=True, seed=(
             self.settings.seed * 1_000_003 + step) * self.run.world + self.run.rank)
         means, examples, batches = self.means(made), [], []
         self.run.log(step=step + 1, **means)
@@ -969,6 +992,8 @@ def make_task(settings: Settings, run: train.Run, tokenizer, model, resumed: dic
 
 def plan(settings: Settings, run: train.Run, task: Task) -> None:
     """Decide what depends on the data and the machine, and say what was decided."""
+    if settings.batch < run.world:
+        raise ValueError(f"--batch {settings.batch} leaves some of {run.world} processes without work")
     rows = settings.batch * {"dpo": 2, "grpo": settings.group}.get(settings.task, 1)
     known = sum(id != -100 for e in task.train for _, targets in e["rows"] for id in targets)
     settings.tokens_per_step = max(rows, round(rows * known / len(task.train)))     # about: a scale
@@ -998,21 +1023,27 @@ def write_merged(settings: Settings, run: train.Run, tokenizer, model) -> None:
     run.say(f"run        {out}: the merged weights")
 
 
-def finetune(settings: Settings, given: set[str]) -> None:
-    """The script: model, data, plan, loop."""
+def settle(settings: Settings, given: set[str]) -> tuple[Settings, dict | None]:
+    """(settings, what was saved if a run goes on), after a look at what was asked."""
     for spec in dataclasses.fields(Settings):
         if spec.name in given and spec.metadata["help"] is HIDDEN:
             raise ValueError(f"--{spec.name.replace('_', '-')} is a flag of train.py: here the "
                              "checkpoint decides")
-    resumed, asked = None, settings
-    if settings.resume:
-        resumed = train.load_resume(Path(settings.resume))
-        settings = train.resume_settings(Settings, resumed["settings"], asked, given - HARMLESS,
-                                         Path(settings.resume))
-        for name in given & HARMLESS:
-            setattr(settings, name, getattr(asked, name))
-    elif not settings.init_from or not (settings.task or settings.merge):
+    if not settings.resume and not (settings.init_from and (settings.task or settings.merge)):
         raise ValueError("give --task and --init-from CHECKPOINT (python train.py makes out/gpt)")
+    if not settings.resume:
+        return settings, None
+    saved = train.load_resume(Path(settings.resume))
+    gone_on = train.resume_settings(Settings, saved["settings"], settings, given - HARMLESS,
+                                    Path(settings.resume))
+    for name in given & HARMLESS:
+        setattr(gone_on, name, getattr(settings, name))
+    return gone_on, saved
+
+
+def finetune(settings: Settings, given: set[str]) -> None:
+    """The script: model, data, plan, loop."""
+    settings, resumed = settle(settings, given)
     run = train.start_run(settings)
     tokenizer, model = open_all(settings, resumed)
     if not settings.task:
@@ -1031,7 +1062,7 @@ def finetune(settings: Settings, given: set[str]) -> None:
     if resumed:
         task.net.load_state_dict(resumed["model"])
     before = resumed["before"] if resumed else task.validate(task.net, True)
-    run.say("at first   " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
+    run.say("before     " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
     if settings.eval_only:
         return
     if not resumed:

@@ -275,8 +275,9 @@ def test_default_data_are_read_from_sources_without_importing_them(monkeypatch):
     assert {row["label"] for row in labels} == {"email", "xml"} and len({row["text"] for row in labels}) == len(labels)
     pairs = finetune.preference_rows()
     assert pairs and all(pair["chosen"] == questions[pair["prompt"]] != pair["rejected"] for pair in pairs)
-    headers = [row["prompt"] for row in finetune.header_rows()]
-    assert "def join(a, *p):\n" in headers
+    functions = {row["prompt"]: row["completion"] for row in finetune.function_rows()}
+    assert functions["def isabs(s):\n"].startswith("    s = os.fspath(s)\n")
+    assert all(finetune.code_reward(prompt, [body], [True]) == [1.0] for prompt, body in functions.items())
     assert "antigravity" not in sys.modules and set(sys.modules) == before
 
 
@@ -434,7 +435,7 @@ def test_adapters_learn_every_task_and_merge(task, base, tmp_path, monkeypatch, 
     finetune.main(["--merge", "--init-from", str(out), "--out", str(tmp_path / "plain"), "--device", "cpu"])
     start(task, tmp_path / "plain", tmp_path / "no", *data, "--eval-only")
     if task in ("sft", "classify"):          # the others measure themselves by their start
-        assert f"{last:.4f}" in capsys.readouterr().out.split("at first")[-1]
+        assert f"{last:.4f}" in capsys.readouterr().out.split("before")[-1]
 
 
 # --- a run ---
@@ -522,6 +523,20 @@ def test_completions_keep_their_stop_id_and_the_probability_they_were_drawn_with
         row = drawn.index(ids)
         assert batch["old"][row].sum().item() == pytest.approx(total, rel=1e-4)
     assert torch.equal(batch["old"], batch["reference"])
+
+
+def test_a_shown_completion_is_one_of_its_group_and_not_counted():
+    settings = finetune.Settings(task="grpo", context=96, max_new_tokens=9, group=4, micro_batch=64, data=["x"])
+    tokenizer = text.Bytes()
+    task = finetune.GRPO(settings, ALONE, tokenizer, tiny("gpt"))
+    task.score = lambda prompt, texts, ended: [float(text == "yes" and end) for text, end in zip(texts, ended)]
+    rows = [{"prompt": "abc", "completion": "yes"}, {"prompt": "abd"}, {"prompt": "ab", "completion": "longer than nine"}]
+    examples = task.prepare(rows)
+    assert [e["shown"] for e in examples] == [[*b"yes", 256], [], []]
+    made = task.draw(examples, 0, show=True)
+    assert [m["shown"] for m in made] == [False] * 3 + [True] + [False] * 8
+    assert (made[3]["text"], made[3]["reward"]) == ("yes", 1.0) and made[3]["advantage"] == pytest.approx(3**0.5, rel=1e-3)
+    assert task.means(made)["reward"] == 0 and not any(m["shown"] for m in task.draw(examples, 0))
 
 
 def test_a_reward_is_executed_and_says_so(base, tmp_path, capsys):
