@@ -676,6 +676,8 @@ def test_several_or_no_vocabularies_are_an_error_that_says_what_to_do(tmp_path, 
     ],
 )
 def test_bad_files_are_one_clear_line(name, content, tmp_path):
+    if content == "\x00\x01":               # only the package can tell that this is not its format
+        pytest.importorskip("sentencepiece")
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises((ValueError, OSError)) as caught:
         load_tokenizer(tmp_path)
