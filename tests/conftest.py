@@ -40,7 +40,7 @@ def assets(request):
     """The folder of real vocabularies and weights; the test is skipped where none is given."""
     folder = request.config.getoption("--assets")
     if not folder:
-        pytest.skip("needs real files: pytest --assets DIR")
+        pytest.skip("needs real files: pytest tests --assets DIR")
     folder = Path(folder).resolve()
     if not folder.is_dir():
         pytest.fail(f"--assets {folder} is not a folder")
