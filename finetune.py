@@ -879,7 +879,7 @@ def load_reward(path: Path):
 
 
 KINDS = dict(zip(TASKS, (SFT, Classify, DPO, GRPO)))
-RECIPES = {"sft": (16, 2, 1.0), "classify": (16, 4, 1.0), "dpo": (16, 1, 0.3), "grpo": (8, 0.5, 0.3)}
+RECIPES = {"sft": (16, 2, 1.0), "classify": (16, 4, 1.0), "dpo": (16, 1, 0.3), "grpo": (8, 0.5, 1.0)}
 
 # ------------------------------------------------------------------------------ loading and saving
 
@@ -922,7 +922,8 @@ def fill_defaults(settings: Settings, tokenizer, model) -> None:
     settings.batch, settings.epochs = settings.batch or batch, settings.epochs or epochs
     settings.context = min(settings.context or 1024, model.config.context or 1024)
     settings.lora_alpha = settings.lora_alpha or 2.0 * (settings.lora or 1)
-    settings.lr = settings.lr or 1e-3 * 256 / width * rate * (3 if settings.lora else 1)
+    settings.lr = settings.lr or 1e-3 * rate * (  # of adapters it need not fall as fast with width
+        3 * 256 / width if settings.lora else (256 / width) ** 2)
     if settings.chat is None:                # a model that completes text goes on doing so
         plain = settings.task == "grpo" and not (settings.data and tokenizer.chat_format)
         settings.chat = "none" if plain else tokenizer.chat_format or "alpaca"
@@ -1084,17 +1085,13 @@ def finetune(settings: Settings, given: set[str]) -> None:
                       sample=task.sample, save=save, resumed=resumed)
     for name, value in after.items():
         run.say(f"{name:<10} {before[name]:.4f} -> {value:.4f}")
-    run.say(f"{train.clock(time.time() - train.STARTED)} in all, peak memory "
-            f"{train.peak_bytes(run.device) / 2**30:.2f} GB. " + use(settings))
-
-
-def use(settings: Settings) -> str:
-    """What to do with the result."""
+    use = f"python chat.py {settings.out}"
     if settings.task == "classify":
-        return f"Use it:  python finetune.py --task classify --init-from {settings.out} --predict FILE"
-    if settings.lora and not settings.merge:
-        return f"Talk to it:  python finetune.py --merge --init-from {settings.out} --out NEW, then chat.py NEW"
-    return f"Talk to it:  python chat.py {settings.out}"
+        use = f"python finetune.py --task classify --init-from {settings.out} --predict FILE"
+    elif settings.lora and not settings.merge:
+        use = f"python finetune.py --merge --init-from {settings.out} --out NEW"
+    run.say(f"{train.clock(time.time() - train.STARTED)} in all, peak memory "
+            f"{train.peak_bytes(run.device) / 2**30:.2f} GB. Use it:  {use}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1108,6 +1105,7 @@ def main(argv: list[str] | None = None) -> None:
     except RuntimeError as error:
         if not train.is_out_of_memory(error):
             raise
+        settings.micro_batch = settings.micro_batch or 2                # it was not decided yet
         sys.exit(complain(f"finetune.py: out of memory: try {train.smaller(settings)}"))
     except KeyboardInterrupt:
         sys.exit(complain("finetune.py: stopped before the first step; nothing was lost", 130))
