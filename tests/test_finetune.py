@@ -1,14 +1,17 @@
 """finetune.py: losses by hand, masking, padding, adapters, every task on every architecture."""
 import json
 import math
+import os
 import random
 import shutil
+import socket
 import statistics
+import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import ROOT, assert_close, published
+from helpers import ROOT, assert_close
 from torch import nn
 from torch.nn import functional as F
 
@@ -463,6 +466,25 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(task, base, tmp_path, monke
         shutil.move(tmp_path / "moved", base("gpt"))
     assert at == [1, 2, 3] and (tmp_path / "cut" / "model.safetensors").read_bytes() == (
         whole / "model.safetensors").read_bytes()
+
+
+def test_two_processes_learn_what_one_learns(base, tmp_path):
+    """On preferences, whose reference each process computes a part of."""
+    data = [*toy_data("dpo", tmp_path), "--steps", 3]
+    one = train.load_checkpoint(start("dpo", base("gpt"), tmp_path / "one", *data))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "finetune.py", "--task", "dpo", "--init-from", base("gpt"), "--out", tmp_path / "two",
+               *QUICK, *data]
+    processes = [subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                  env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                                       "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+                 for rank in range(2)]
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    for ours, theirs in zip(train.load_checkpoint(tmp_path / "two").parameters(), one.parameters()):
+        assert_close(ours, theirs, 2e-3)
 
 
 def test_a_run_directory_opens_in_the_format_that_was_learnt(base, tmp_path):
