@@ -507,9 +507,9 @@ class Task:
                          f"alone fill --context {self.settings.context}")
         return made
 
-    def sequence(self, row: dict, reply="completion"):
+    def sequence(self, row: dict, reply="completion", everything=False):
         return sequence(self.tokenizer, conversation(row, reply), self.settings.context,
-                        row.get("where", ""), self.settings.all_tokens)
+                        row.get("where", ""), everything)
 
     def parts(self, examples: list[dict]):
         """Yield (examples, their batch on the device), as much at once as fits."""
@@ -550,7 +550,7 @@ class SFT(Task):
     loss = staticmethod(next_token_loss)
 
     def example(self, row: dict) -> dict | None:
-        made = self.sequence(row)
+        made = self.sequence(row, everything=self.settings.all_tokens)
         return made and {"rows": [made], "messages": conversation(row)}
 
     def measure(self, net, batch):
@@ -609,7 +609,7 @@ class Classify(Task):
     def example(self, row: dict) -> dict:
         [content], labels, label = strings(row, "text"), self.net.labels, str(row.get("label"))
         if label not in labels and not self.settings.predict:
-            raise ValueError(f"{row['where']}: label {label!r} is none of {', '.join(labels)}")
+            raise ValueError(f"{row.get('where', 'a row')}: label {label!r} is none of {', '.join(labels)}")
         ids = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(content)] or ending(self.tokenizer)
         ids = ids[:self.settings.context]
         return {"rows": [(ids, [-100] * len(ids))], "text": content,
