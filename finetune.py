@@ -97,8 +97,8 @@ class Settings(train.Settings):
     reward: str | None = flag(None, "grpo: a Python file, EXECUTED, with reward(prompt, completion)")
     group: int = flag(8, "grpo: completions of each prompt", low=2)
     max_new_tokens: int = flag(64, "longest completion of grpo, and of samples", low=1)
-    temperature: float = flag(1.0, "grpo: of sampling", above=0)
-    updates: int = flag(2, "grpo: steps on the same completions", low=1)
+    temperature: float = flag(0.8, "grpo: of sampling", above=0)
+    updates: int = flag(3, "grpo: steps on the same completions", low=1)
     clip_ratio: float = flag(0.2, "grpo: how far they may change a probability", above=0)
     kl: float = flag(0.02, "grpo: weight of the divergence from the start", low=0)
     model: str | None = flag(None, HIDDEN)
@@ -175,7 +175,7 @@ def function_rows() -> list[dict]:
             header = "\n".join(lines[node.lineno - 1:node.body[0].lineno - 1]) + "\n"
             body = "\n".join(lines[bodies[0].lineno - 1:node.end_lineno]) + "\n\n"
             length, both = len(textwrap.dedent(header)), textwrap.dedent(header + body)
-            if len(both) < 240 and code_reward(both[:length], [both[length:]], [True]) == [1.0]:
+            if len(both) < 160 and code_reward(both[:length], [both[length:]], [True]) == [1.0]:
                 rows[both[:length]] = both[length:]
     return [{"prompt": prompt, "completion": body} for prompt, body in rows.items()]
 
@@ -705,7 +705,8 @@ class DPO(Task):
 
     def measure(self, net, batch):
         margins = self.margins(net, batch)
-        right = (margins > 0).float() + 0.5 * (margins == 0)            # a tie is half right
+        margins = margins * (margins.abs() > 1e-4)                      # below, it is rounding
+        right = 0.5 + 0.5 * margins.sign()                              # a tie is half right
         losses = dpo_loss(margins, self.settings.label_smoothing)
         return torch.stack([losses, margins, right, torch.ones_like(right)]).sum(1)
 
@@ -879,7 +880,7 @@ def load_reward(path: Path):
 
 
 KINDS = dict(zip(TASKS, (SFT, Classify, DPO, GRPO)))
-RECIPES = {"sft": (16, 2, 1.0), "classify": (16, 4, 1.0), "dpo": (16, 1, 0.3), "grpo": (8, 0.5, 1.0)}
+RECIPES = {"sft": (16, 2, 1.0), "classify": (16, 4, 1.0), "dpo": (16, 2, 0.1), "grpo": (8, 0.5, 1.0)}
 
 # ------------------------------------------------------------------------------ loading and saving
 

@@ -540,7 +540,7 @@ def test_completions_keep_their_stop_id_and_the_probability_they_were_drawn_with
         state, total = model.new_state(1, 99), 0.0
         logits = model(torch.tensor([example["rows"][0][0]]), state)[0, -1]
         for id in ids:
-            total += logits.log_softmax(-1)[id].item()
+            total += (logits / settings.temperature).log_softmax(-1)[id].item()
             logits = model(torch.tensor([[id]]), state)[0, -1]
         row = drawn.index(ids)
         assert batch["old"][row].sum().item() == pytest.approx(total, rel=1e-4)
