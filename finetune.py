@@ -12,8 +12,7 @@ which package a docstring comes from, whose docstring it is, function headers to
               {"prompt", "completion"}
     classify  .csv, .tsv, .jsonl or .json with text and label; then --predict FILE
     dpo       .jsonl or .json of {"prompt", "chosen", "rejected"}
-    grpo      .jsonl or .json of {"prompt"}, perhaps with a "completion" to learn from as well, and
-              --reward FILE.py with reward(prompt, completion)
+    grpo      .jsonl or .json of {"prompt"}, and --reward FILE.py with reward(prompt, completion)
 
 --lora RANK trains two small matrices beside each large one, and keeps only them: an adapter, which
 peft opens for the models that transformers knows. What comes out is a run directory for chat.py.
@@ -89,7 +88,7 @@ class Settings(train.Settings):
                              "names (by default all of every block)")
     merge: bool = flag(False, "write merged weights instead of an adapter; without --task: only that")
     all_tokens: bool = flag(False, "sft: learn the prompts as well as the replies")
-    tune: str = flag("last", "classify: train the last block or all", choices=("last", "all"))
+    tune: str = flag("all", "classify: train all blocks or the last one", choices=("last", "all"))
     balance: bool = flag(False, "classify: drop examples until all labels have as many")
     predict: str | None = flag(None, "classify: label the texts of this file, and stop")
     beta: float = flag(0.1, "dpo: what leaving the start costs", above=0)
@@ -98,9 +97,9 @@ class Settings(train.Settings):
     group: int = flag(8, "grpo: completions of each prompt", low=2)
     max_new_tokens: int = flag(64, "longest completion of grpo, and of samples", low=1)
     temperature: float = flag(0.8, "grpo: of sampling", above=0)
-    updates: int = flag(3, "grpo: steps on the same completions", low=1)
+    updates: int = flag(2, "grpo: steps on the same completions", low=1)
     clip_ratio: float = flag(0.2, "grpo: how far they may change a probability", above=0)
-    kl: float = flag(0.02, "grpo: weight of the divergence from the start", low=0)
+    kl: float = flag(0.05, "grpo: weight of the divergence from the start", low=0)
     model: str | None = flag(None, HIDDEN)
     size: str | None = flag(None, HIDDEN)
     layers: int | None = flag(None, HIDDEN)
@@ -166,18 +165,19 @@ def preference_rows() -> list[dict]:
             for row, other in zip(rows, others) if other != row["output"]]
 
 
-def function_rows() -> list[dict]:
-    """{"prompt", "completion"}: the header of a short function or method, and its body."""
-    rows = {}
+def header_rows() -> list[dict]:
+    """{"prompt"}: headers, none twice, of functions and methods that are short and would themselves
+    earn the reward."""
+    found = {}
     for _, node, lines in definitions():
         bodies = node.body[ast.get_docstring(node, clean=False) is not None:]
         if isinstance(node, ast.FunctionDef) and bodies:
             header = "\n".join(lines[node.lineno - 1:node.body[0].lineno - 1]) + "\n"
-            body = "\n".join(lines[bodies[0].lineno - 1:node.end_lineno]) + "\n\n"
-            length, both = len(textwrap.dedent(header)), textwrap.dedent(header + body)
+            body = "\n".join(lines[bodies[0].lineno - 1:node.end_lineno])
+            both, length = textwrap.dedent(header + body), len(textwrap.dedent(header))
             if len(both) < 160 and code_reward(both[:length], [both[length:]], [True]) == [1.0]:
-                rows[both[:length]] = both[length:]
-    return [{"prompt": prompt, "completion": body} for prompt, body in rows.items()]
+                found[both[:length]] = None
+    return [{"prompt": header} for header in found]
 
 
 def statements(source: str) -> set[str] | None:
@@ -205,7 +205,7 @@ def code_reward(prompt: str, completions: list[str], ended: list[bool]) -> list[
     return rewards
 
 
-DEFAULT_ROWS = dict(zip(TASKS, (question_rows, label_rows, preference_rows, function_rows)))
+DEFAULT_ROWS = dict(zip(TASKS, (question_rows, label_rows, preference_rows, header_rows)))
 
 # ----------------------------------------------------------------------------------------- reading
 
@@ -328,14 +328,17 @@ def groups(examples: list[dict], budget: int):
         yield group
 
 
-def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+def collate(examples: list[dict], context: int) -> dict[str, torch.Tensor]:
     """One batch: "tokens", "targets" (B, T) and "length" (B,) of all rows; their numbers, (b,).
 
     A row holds one example, then padding, which is no target. As no architecture looks to the
-    right, nothing leaks from one example into another: not by attention, not by a memory.
+    right, nothing leaks from one example into another: not by attention, not by a memory. T is a
+    multiple of 16, if the context allows: for each new shape, kernels must be found or compiled.
     """
     rows = [row for example in examples for row in example["rows"]]
-    tokens = torch.zeros(len(rows), max(map(length, examples)), dtype=torch.int64)
+    longest = max(map(length, examples))
+    T = max(longest, min(-(-longest // 16) * 16, context))
+    tokens = torch.zeros(len(rows), T, dtype=torch.int64)
     targets = torch.full_like(tokens, -100)
     for i, (inputs, wanted) in enumerate(rows):
         tokens[i, :len(inputs)], targets[i, :len(inputs)] = map(torch.tensor, (inputs, wanted))
@@ -349,7 +352,8 @@ class Batches(train.Batches):
 
     def __init__(self, examples: list[dict], settings: Settings, run: train.Run):
         self.examples, self.count, self.seed, self.run = examples, len(examples), settings.seed, run
-        self.batch, self.budget = settings.batch, settings.micro_batch * settings.context
+        self.batch, self.context = settings.batch, settings.context
+        self.budget = settings.micro_batch * settings.context
         self.epoch, self.order = -1, None
 
     def chosen(self, step: int) -> list[dict]:
@@ -358,7 +362,7 @@ class Batches(train.Batches):
                 for k in range(self.run.rank, self.batch, self.run.world)]
 
     def __call__(self, step: int) -> list[dict[str, torch.Tensor]]:
-        return [collate(group) for group in groups(self.chosen(step), self.budget)]
+        return [collate(group, self.context) for group in groups(self.chosen(step), self.budget)]
 
 
 def log_probs(model, batch: dict, temperature: float = 1.0) -> torch.Tensor:
@@ -514,7 +518,7 @@ class Task:
     def parts(self, examples: list[dict]):
         """Yield (examples, their batch on the device), as much at once as fits."""
         for group in groups(examples, self.settings.micro_batch * self.settings.context):
-            yield group, to_device(collate(group), self.run.device)
+            yield group, to_device(collate(group, self.settings.context), self.run.device)
 
     def batches(self):
         return Batches(self.train, self.settings, self.run)
@@ -547,14 +551,18 @@ class Task:
 class SFT(Task):
     """Supervised fine-tuning: the next token, of replies only."""
     dropout = True
-    loss = staticmethod(next_token_loss)
+
+    def loss(self, net, batch):
+        learnt = batch["targets"] != -100                               # no logits for the prompts
+        hidden = net.hidden(batch["tokens"])[learnt]                    # (N, C)
+        return train.cross_entropy(net, hidden[None], batch["targets"][learnt][None])
 
     def example(self, row: dict) -> dict | None:
         made = self.sequence(row, everything=self.settings.all_tokens)
         return made and {"rows": [made], "messages": conversation(row)}
 
     def measure(self, net, batch):
-        return torch.stack(next_token_loss(net, batch))
+        return torch.stack(self.loss(net, batch))
 
     def summary(self, sums):
         return {"val_loss": sums[0] / sums[1]}
@@ -744,11 +752,7 @@ def advantages(rewards: list[float]) -> list[float]:
 
 class GRPO(Task):
     """Group relative policy optimisation: completions that earn more than the mean of their group,
-    which has the same prompt, become likelier.
-
-    Data that have completions show them: each is one of its group. A model too weak to ever earn
-    something learns from them until it does, and then they are no better than the group's mean.
-    """
+    which has the same prompt, become likelier."""
 
     def __init__(self, settings, run, tokenizer, model):
         super().__init__(settings, run, tokenizer, model)
@@ -762,15 +766,12 @@ class GRPO(Task):
                           if b"\n\n" in tokenizer.to_bytes([id])}
 
     def example(self, row: dict) -> dict | None:
-        messages, where = conversation({"output": "", "completion": "", **row}), row.get("where", "")
+        messages = conversation({"output": "", "completion": "", **row})
         asked = messages[:-1] if messages[-1].get("role") == "assistant" else messages
-        prompt = [id for part, _ in chat_parts(self.tokenizer, asked, where) for id in part]
-        reply = [id for part, _ in chat_parts(self.tokenizer, messages, where) for id in part]
-        shown = reply[len(prompt):] if messages[-1]["content"] and messages != asked else []
-        ends = [n for n, id in enumerate(shown, 1) if id in self.stop]
-        most = min(self.settings.max_new_tokens, self.settings.context - len(prompt))
-        return {"rows": [(prompt, prompt)], "prompt": asked[-1]["content"],
-                "shown": shown[:ends[0]] if ends and ends[0] <= most else []} if most >= 8 else None
+        parts = chat_parts(self.tokenizer, asked, row.get("where", ""))
+        ids = [id for part, _ in parts for id in part]
+        fits = len(ids) + 8 <= self.settings.context
+        return {"rows": [(ids, ids)], "prompt": asked[-1]["content"]} if fits else None
 
     def begin(self, saved: dict) -> None:
         if self.settings.kl and not self.settings.lora:
@@ -794,9 +795,8 @@ class GRPO(Task):
             return self.drawn
         return of_step
 
-    def draw(self, prompts: list[dict], seed: int, show=False) -> list[dict]:
-        """A group of completions of each prompt: their ids, text, reward and advantage; with
-        `show`, the prompt's own completion is the last of them, if there is one."""
+    def draw(self, prompts: list[dict], seed: int) -> list[dict]:
+        """A group of completions of each prompt: their ids, text, reward and advantage."""
         size, made = self.settings.group, []
         asked = [prompt for prompt in prompts for _ in range(size)]
         drawn = [[] for _ in asked]          # with their stop ids, which `generate` leaves out
@@ -804,19 +804,15 @@ class GRPO(Task):
                           temperature=self.settings.temperature, stop=self.stop, seed=seed,
                           on_token=lambda row, id: drawn[row].append(id))
         for prompt, group in zip(prompts, (drawn[i:i + size] for i in range(0, len(drawn), size))):
-            shown = bool(show and prompt["shown"])
-            group = [*group[:-1], prompt["shown"]] if shown else group
             texts = [self.tokenizer.decode([id for id in ids if id not in self.silent])
                      for ids in group]
             rewards = self.score(prompt["prompt"], texts, [ids[-1] in self.stop for ids in group])
-            made += [{"prompt": prompt, "ids": ids, "text": content, "reward": r, "advantage": a,
-                      "shown": shown and ids is group[-1]}
+            made += [{"prompt": prompt, "ids": ids, "text": content, "reward": r, "advantage": a}
                      for ids, content, r, a in zip(group, texts, rewards, advantages(rewards))]
         return made
 
     def means(self, made: list[dict]) -> dict:
         """Of completions drawn: reward, length, and which part no other of their group equals."""
-        made = [m for m in made if not m["shown"]]
         different = len({(id(m["prompt"]), m["text"]) for m in made})
         sums = self.run.sum(sum(m["reward"] for m in made), sum(len(m["ids"]) for m in made),
                             different, len(made))
@@ -825,7 +821,7 @@ class GRPO(Task):
     @torch.no_grad()
     def rollouts(self, prompts: list[dict], step: int) -> list[dict]:
         """Micro-batches of new completions, with their log-probabilities now and at the start."""
-        temperature, made = self.settings.temperature, self.draw(prompts, show=True, seed=(
+        temperature, made = self.settings.temperature, self.draw(prompts, seed=(
             self.settings.seed * 1_000_003 + step) * self.run.world + self.run.rank)
         means, examples, batches = self.means(made), [], []
         self.run.log(step=step + 1, **means)
@@ -880,7 +876,8 @@ def load_reward(path: Path):
 
 
 KINDS = dict(zip(TASKS, (SFT, Classify, DPO, GRPO)))
-RECIPES = {"sft": (16, 2, 1.0), "classify": (16, 4, 1.0), "dpo": (16, 2, 0.1), "grpo": (8, 0.5, 1.0)}
+# examples in a step, epochs, learning rate relative to that of sft
+RECIPES = {"sft": (16, 3, 1.0), "classify": (16, 4, 1.0), "dpo": (16, 2, 0.3), "grpo": (8, 1, 1.0)}
 
 # ------------------------------------------------------------------------------ loading and saving
 
@@ -1046,7 +1043,8 @@ def settle(settings: Settings, given: set[str]) -> tuple[Settings, dict | None]:
 def finetune(settings: Settings, given: set[str]) -> None:
     """The script: model, data, plan, loop."""
     settings, resumed = settle(settings, given)
-    run = train.start_run(settings)
+    with contextlib.redirect_stdout(sys.stderr if settings.predict else sys.stdout):
+        run = train.start_run(settings)      # of a prediction only labels go to stdout
     tokenizer, model = open_all(settings, resumed)
     if not settings.task:
         return write_merged(settings, run, tokenizer, model)

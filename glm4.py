@@ -232,10 +232,15 @@ class Attention(nn.Module):
         if cache is not None:
             k = remember(cache[0], positions, k)                        # (B, M, K, D)
             v = remember(cache[1], positions, v)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H or K, T or M, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=self.heads != self.kv_heads)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        k, v = k.transpose(1, 2), v.transpose(1, 2)                     # (B, K, T or M, D)
+        if T == 1:                           # heads that share a key are rows of one query: with
+            q = q.view(B, self.kv_heads, -1, q.shape[-1])   # enable_gqa, bf16 is 10x slower on CPUs
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)         # (B, K, H/K, D)
+        else:
+            y = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None,
+                enable_gqa=self.heads != self.kv_heads).transpose(1, 2)         # (B, T, H, D)
+        return self.o_proj(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):

@@ -631,6 +631,8 @@ VERSIONS = (                                 # the first that a name and a shape
     (r"att\.gate_w1 ", "a variant of RWKV-6, x060a"),
     (r"\.ffnPre\.", "an RWKV whose first block has ffnPre"),
     (r"^head_[qk]\.", "an RWKV with headQK"),
+    (r"\.tiny_|att\.qq\.", "an RWKV with attention beside its time mixing (tiny_ or att.qq)"),
+    (r"\.pos_emb_", "an RWKV for images, with pos_emb"),
     (r"\.attention\.time_", "an RWKV in the Hugging Face layout"),
     (r"att\.time_maa_x ", "an RWKV-6"),
     (r"att\.ln_x\.weight ", "an RWKV-5"),

@@ -600,7 +600,7 @@ def orthogonal(matrix, gain):
 @pytest.mark.parametrize("kind", ["rwkv2 headQK", "rwkv3 headQK", "rwkv4", "rwkv5.0", "rwkv5.1", "rwkv5.2"])
 def test_initial_values_are_those_of_the_authors(kind):
     torch.manual_seed(0)
-    (file, fields), its, L, C, V = KINDS[kind], parts(KINDS[kind][0]), 4, 64, 256
+    fields, its, L, C, V = KINDS[kind][1], parts(KINDS[kind][0]), 4, 64, 256
     model = its.Model(replace(its.Config.sized(L, C, V, 256), **fields))
     value = {name: p.detach() for name, p in model.named_parameters()}
     orthogonal(value["head.weight"], 0.5 * math.sqrt(V / C))

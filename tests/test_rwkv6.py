@@ -527,6 +527,8 @@ def test_overrides_change_the_config_and_unknown_ones_are_refused(golden):
     (["blocks.0.att.time_maa_x", "blocks.0.att.gate_w1"], "x060a"),
     (["blocks.0.ffnPre.key.weight", "blocks.1.att.time_maa_x"], "ffnPre"),
     (["head_q.weight", "blocks.0.att.time_mix_k"], "headQK"),
+    (["blocks.0.tiny_q.weight", "blocks.1.att.time_maa_x"], "tiny_"),
+    (["pos_emb_x", "blocks.1.att.time_mix_k", "blocks.0.pos_emb_x"], "pos_emb"),
     (["rwkv.blocks.0.attention.time_maa_x"], "Hugging Face"),
     (["blocks.0.att.ln_x.weight", "blocks.0.att.time_mix_k"], "RWKV-5"),
     (["blocks.0.att.time_mix_k", "blocks.0.att.time_decay"], "RWKV-4"),
