@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 import tokenizer as text
-from train import Parser, choose_device, complain, is_out_of_memory, load_checkpoint, locate
+from train import (Parser, choose_device, complain, is_out_of_memory, load_checkpoint, locate,
+                   show_any_text)
 
 HELP = """\
 /help          this text
@@ -534,9 +535,7 @@ def answers(prompts: list[list[int]], batch_size: int, conversation: Conversatio
 def main(argv: list[str] | None = None) -> None:
     """`python chat.py`: a user's mistake is one line and exit status 2."""
     args = parse(argv)
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter shows ?
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    show_any_text()
     try:
         conversation = open_conversation(args)
         if args.input:

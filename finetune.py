@@ -30,13 +30,13 @@ import copy
 import csv
 import dataclasses
 import hashlib
-import importlib.util
 import io
 import json
 import math
 import os
 import random
 import re
+import runpy
 import shutil
 import sys
 import textwrap
@@ -46,7 +46,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -54,12 +53,11 @@ from torch.utils.checkpoint import checkpoint
 import tokenizer as text
 import train
 from gpt import read_json, read_tensors
-from train import complain, flag, next_token_loss, to_device
+from train import flag, next_token_loss, to_device
 
 # ---------------------------------------------------------------------------------------- settings
 
 HIDDEN = argparse.SUPPRESS                   # flags of train.py that a checkpoint has decided
-HARMLESS = {"samples", "eval_examples"}      # may be given beside --resume
 TASKS = ("sft", "classify", "dpo", "grpo")
 
 
@@ -86,14 +84,14 @@ class Settings(train.Settings):
     lora_alpha: float | None = flag(None, "its strength (default: twice the rank)", above=0)
     lora_targets: str = flag(r"\.\d+\.", "which matrices get one, a regular expression on their "
                              "names (by default all of every block)")
-    merge: bool = flag(False, "write merged weights instead of an adapter; without --task: only that")
+    merge: bool = flag(False, "write merged weights, no adapter; without --task: only that")
     all_tokens: bool = flag(False, "sft: learn the prompts as well as the replies")
     tune: str = flag("all", "classify: train all blocks or the last one", choices=("last", "all"))
     balance: bool = flag(False, "classify: drop examples until all labels have as many")
     predict: str | None = flag(None, "classify: label the texts of this file, and stop")
     beta: float = flag(0.1, "dpo: what leaving the start costs", above=0)
     label_smoothing: float = flag(0.0, "dpo: part of wrong preferences", low=0, high=0.5)
-    reward: str | None = flag(None, "grpo: a Python file, EXECUTED, with reward(prompt, completion)")
+    reward: str | None = flag(None, "grpo: a file, EXECUTED, with reward(prompt, completion)")
     group: int = flag(8, "grpo: completions of each prompt", low=2)
     max_new_tokens: int = flag(64, "longest completion of grpo, and of samples", low=1)
     temperature: float = flag(0.8, "grpo: of sampling", above=0)
@@ -136,17 +134,19 @@ def definitions():
 
 
 def question_rows() -> list[dict]:
-    """{"instruction", "output"}: what a function does, in the first paragraph of its docstring."""
-    rows = {}
+    """{"instruction", "output"}: what a function does, in the first paragraph of its docstring; of
+    functions with the same one the first, so that no held-out answer stands in what is learnt."""
+    found = {}
     for name, node, _ in definitions():
         if not isinstance(node, ast.ClassDef) and (doc := ast.get_docstring(node)):
-            rows[f"What does `{name}` do?"] = " ".join(doc.split("\n\n")[0].split())
-    return [{"instruction": question, "output": answer} for question, answer in rows.items() if answer]
+            found.setdefault(" ".join(doc.split("\n\n")[0].split()), f"What does `{name}` do?")
+    return [{"instruction": question, "output": answer}
+            for answer, question in found.items() if answer]
 
 
 def label_rows() -> list[dict]:
     """{"text", "label"}: docstrings, none twice, and which package they come from."""
-    packages = ("asyncio", "email", "http", "logging", "multiprocessing", "tkinter", "unittest", "xml")
+    packages = "asyncio email http logging multiprocessing tkinter unittest xml".split()
     labels = dict(zip(packages, packages)) | {"concurrent": "multiprocessing", "urllib": "http"}
     seen = {}
     for name, node, _ in definitions():
@@ -158,7 +158,7 @@ def label_rows() -> list[dict]:
 
 def preference_rows() -> list[dict]:
     """{"prompt", "chosen", "rejected"}: a function's docstring rather than another's."""
-    rows = [*{row["output"]: row for row in question_rows()}.values()]
+    rows = question_rows()
     others = [row["output"] for row in rows]
     random.Random(0).shuffle(others)
     return [{"prompt": row["instruction"], "chosen": row["output"], "rejected": other}
@@ -181,17 +181,20 @@ def header_rows() -> list[dict]:
 
 
 def statements(source: str) -> set[str] | None:
-    """The distinct statements of a program, but for its first and those that do nothing (`pass`,
-    a constant); None if it is not Python."""
+    """The distinct statements of a program, but for its first and those that do nothing (`pass`, a
+    constant or a name alone); None if it is not Python."""
+    def works(node):
+        inside = node.value if isinstance(node, ast.Expr) else node
+        idle = isinstance(inside, (ast.Pass, ast.Constant, ast.Name))
+        return isinstance(node, ast.stmt) and not idle
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
+        return {ast.dump(node) for node in ast.walk(tree)
+                if works(node) and node not in tree.body[:1]}
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    idle = (ast.Pass, ast.Constant)
-    return {ast.dump(node) for node in ast.walk(tree) if isinstance(node, ast.stmt)
-            and node not in tree.body[:1] and not isinstance(getattr(node, "value", node), idle)}
 
 
 def code_reward(prompt: str, completions: list[str], ended: list[bool]) -> list[float]:
@@ -205,7 +208,8 @@ def code_reward(prompt: str, completions: list[str], ended: list[bool]) -> list[
     return rewards
 
 
-DEFAULT_ROWS = dict(zip(TASKS, (question_rows, label_rows, preference_rows, header_rows)))
+DEFAULT_ROWS = {"sft": question_rows, "classify": label_rows, "dpo": preference_rows,
+                "grpo": header_rows}
 
 # ----------------------------------------------------------------------------------------- reading
 
@@ -215,18 +219,20 @@ def read_rows(data: list[str]) -> list[dict]:
     rows = []
     for _, path in text.find_files(data):
         try:
-            content = path.read_text(encoding="utf-8-sig")
-            if path.suffix == ".jsonl":
-                lines = content.split("\n")
+            content, kind = path.read_text(encoding="utf-8-sig"), path.suffix.lower()
+            lines = content.removesuffix("\n").split("\n")
+            if kind == ".jsonl":
                 found = [(n, json.loads(line)) for n, line in enumerate(lines, 1) if line.strip()]
-            elif path.suffix == ".json":
+            elif kind == ".json":
                 found = [*enumerate(json.loads(content), 1)]
-            elif path.suffix in (".csv", ".tsv"):
-                table = csv.DictReader(io.StringIO(content, newline=""), strict=True,
-                                       delimiter="," if path.suffix == ".csv" else "\t")
+            elif kind == ".csv":
+                csv.field_size_limit(2**31 - 1)
+                table = csv.DictReader(io.StringIO(content, newline=""), strict=True)
                 found = [(table.line_num, row) for row in table]
-            elif path.suffix == ".txt":
-                found = [(n, {"text": line}) for n, line in enumerate(content.splitlines(), 1)]
+            elif kind == ".tsv":
+                found = tab_separated(content, lines)
+            elif kind == ".txt":
+                found = [(n, {"text": line}) for n, line in enumerate(lines, 1)]
             else:
                 raise ValueError("take .jsonl, .json, .csv or .tsv; .txt for --predict")
         except (ValueError, TypeError, csv.Error) as error:
@@ -238,6 +244,21 @@ def read_rows(data: list[str]) -> list[dict]:
     return rows
 
 
+def tab_separated(content: str, lines: list[str]) -> list[tuple[int, dict]]:
+    """(line, row) of a .tsv file, where quotes may be only characters; two columns without names
+    are label and text, as in the SMS Spam Collection."""
+    names = [name.strip('"') for name in lines[0].split("\t")]
+    if len(names) == 2 and "text" not in names:
+        return [(n, dict(zip(("label", "text"), line.split("\t", 1))))
+                for n, line in enumerate(lines, 1)]
+    for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
+        table = csv.DictReader(io.StringIO(content, newline=""), delimiter="\t", strict=True,
+                               quoting=quoting)
+        with contextlib.suppress(csv.Error):
+            return [(table.line_num, row) for row in table]
+    raise ValueError("it is no table")
+
+
 def strings(row: dict, *names: str) -> list[str]:
     """These fields of a row; ValueError with what it has instead."""
     for name in names:
@@ -247,22 +268,30 @@ def strings(row: dict, *names: str) -> list[str]:
     return [row[name] for name in names]
 
 
+def label_of(row: dict) -> str:
+    """The label of a row, as text."""
+    label = str(row["label"]).strip() if row.get("label") is not None else ""
+    if not label:
+        raise ValueError(f"{row.get('where', 'a row')} has no \"label\"")
+    return label
+
+
 def conversation(row: dict, reply: str = "completion") -> list[dict]:
     """The messages of a row: as they are, in Alpaca's form, or a prompt and a reply, where each may
     be a list of messages. A reply may hold its prompt."""
-    fields = [("prompt", "user"), (reply, "assistant")]
-    if "messages" in row:
-        fields = [("messages", "user")]
-    elif "instruction" in row:
-        fields = [("instruction", "user"), ("output", "assistant")]
-    elif "prompt" not in row and isinstance(row.get(reply), list):
-        fields = fields[1:]
+    asked = next((name for name in ("messages", "instruction") if name in row), "prompt")
+    said = reply if reply in row else {"instruction": "output", "prompt": reply}.get(asked)
+    fields = [(name, role) for name, role in ((asked, "user"), (said, "assistant")) if name]
+    first = row[said][:1] if isinstance(row.get(said), list) else []
+    if first and isinstance(first[0], dict) and first[0].get("role") != "assistant":
+        fields = fields[1:]                  # the reply holds the prompt
     messages = []
     for name, role in fields:
         messages += row[name] if isinstance(row.get(name), list) else [
             {"role": role, "content": strings(row, name)[0]}]
     if not messages or not all(isinstance(message, dict) for message in messages):
-        raise ValueError(f"{row.get('where', 'a row')}: messages are [{{\"role\", \"content\"}}, ...]")
+        where = row.get("where", "a row")
+        raise ValueError(f"{where}: messages are [{{\"role\", \"content\"}}, ...]")
     more = {"input": row["input"]} if fields[0][0] == "instruction" and row.get("input") else {}
     return [messages[0] | more, *messages[1:]]
 
@@ -270,7 +299,7 @@ def conversation(row: dict, reply: str = "completion") -> list[dict]:
 def chat_parts(tokenizer, messages: list[dict], where="") -> list[tuple[list[int], bool]]:
     """tokenizer.chat_parts; without a chat format, prompt and completion as plain text."""
     try:
-        if tokenizer.chat_format != "alpaca":                           # only there "input" is known
+        if tokenizer.chat_format != "alpaca":                           # it alone knows "input"
             messages = [{"role": m["role"], "content": f"{m['content']}\n\n{m['input']}"}
                         if m.get("input") else m for m in messages]
         if tokenizer.chat_format:
@@ -302,11 +331,12 @@ def sequence(tokenizer, messages, limit: int, where="", everything=False):
     ids = [id for part, _ in parts for id in part]
     reply = [is_reply for part, is_reply in parts for _ in part]
     if len(ids) > limit + 1:
-        cut = reply[limit] and reply[limit + 1]
+        cut = reply[limit] and reply[limit + 1]                         # in the middle of a reply
         ids, reply = ids[:limit + 1], reply[:limit + 1]
-        while reply and not all(reply[-len(end):]):                     # questions without answer
-            ids, reply, cut = ids[:-1], reply[:-1], False
-        ids[len(ids) - len(end) * cut:] = end * cut
+        if cut and all(reply[-len(end) - 1:]):                          # more than the end is left
+            ids[-len(end):] = end
+        while reply and not (all(reply[-len(end):]) and ids[-len(end):] == end):
+            ids, reply = ids[:-1], reply[:-1]                           # questions without answer
     if not any(reply[1:]):
         return None
     return ids[:-1], [id if learn or everything else -100 for id, learn in zip(ids[1:], reply[1:])]
@@ -342,9 +372,10 @@ def collate(examples: list[dict], context: int) -> dict[str, torch.Tensor]:
     targets = torch.full_like(tokens, -100)
     for i, (inputs, wanted) in enumerate(rows):
         tokens[i, :len(inputs)], targets[i, :len(inputs)] = map(torch.tensor, (inputs, wanted))
-    batch = {"tokens": tokens, "targets": targets, "length": torch.tensor([len(i) for i, _ in rows])}
-    return batch | {name: torch.tensor([example[name] for example in examples])
-                    for name, value in examples[0].items() if isinstance(value, (int, float))}
+    numbers = {name: torch.tensor([example[name] for example in examples])
+               for name, value in examples[0].items() if isinstance(value, (int, float))}
+    lengths = torch.tensor([len(inputs) for inputs, _ in rows])
+    return {"tokens": tokens, "targets": targets, "length": lengths, **numbers}
 
 
 class Batches(train.Batches):
@@ -414,8 +445,8 @@ def add_lora(model, settings: Settings) -> None:
     except re.error as error:
         raise ValueError(f"--lora-targets {settings.lora_targets}: {error}") from None
     if not meant:
-        raise ValueError(f"--lora-targets {settings.lora_targets} means no matrix of this model: it "
-                         f"has {', '.join(names[:7])} ...")
+        raise ValueError(f"--lora-targets {settings.lora_targets} means no matrix of this model: "
+                         f"it has {', '.join(names[:7])} ...")
     model.requires_grad_(False)
     for name in meant:
         put_adapter(model, name, settings.lora, settings.lora_alpha / settings.lora)
@@ -453,13 +484,13 @@ def save_adapter(model, settings: Settings, out: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors, as peft does."""
     from safetensors.torch import save_file
     prefix, file = peft_prefix(model), out / "adapter_model.safetensors"
-    tensors = {f"{prefix}{name}.lora_{part}.weight": getattr(m, f"lora_{part}").detach().contiguous()
-               for name, m in adapters(model).items() for part in "AB"}
+    tensors = {f"{prefix}{name}.lora_{part}.weight": getattr(module, f"lora_{part}").detach()
+               for name, module in adapters(model).items() for part in "AB"}
     save_file(tensors, f"{file}.part", {"format": "pt"})
     os.replace(f"{file}.part", file)
     train.write_text(out / "adapter_config.json", json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
-        "base_model_name_or_path": settings.init_from, "r": settings.lora,
+        "base_model_name_or_path": str(Path(settings.init_from).resolve()), "r": settings.lora,
         "lora_alpha": settings.lora_alpha, "lora_dropout": 0.0,
         "fan_in_fan_out": type(model).__name__ == "GPT",                # transformers' Conv1D
         "target_modules": [prefix.removeprefix("base_model.model.") + name
@@ -469,8 +500,9 @@ def save_adapter(model, settings: Settings, out: Path) -> None:
 def load_adapter(folder: Path, model) -> None:
     """Put the adapters of a folder in peft's layout into the model they were made for."""
     stated, prefix = read_json(folder / "adapter_config.json"), peft_prefix(model)
-    for name, plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False)):
-        if stated.get(name, plain) != plain:
+    for name, plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False),
+                        ("alpha_pattern", {})):
+        if (stated.get(name) or plain) != plain:
             raise ValueError(f"{folder}: {name} is {stated[name]!r}, only {plain!r} is supported")
     tensors = dict(read_tensors(folder / "adapter_model.safetensors"))
     for key in sorted(tensors):              # A before B
@@ -478,7 +510,8 @@ def load_adapter(folder: Path, model) -> None:
         module = dict(model.named_modules()).get(name)
         if part == "A.weight" and isinstance(module, nn.Linear):
             rank = len(tensors[key])
-            scale = stated["lora_alpha"] / (math.sqrt(rank) if stated.get("use_rslora") else rank)
+            scale = stated.get("lora_alpha", 8) / (  # peft's default
+                math.sqrt(rank) if stated.get("use_rslora") else rank)
             put_adapter(model, name, rank, scale)
             module = model.get_submodule(name)
         own = getattr(module, f"lora_{part[:1]}", None)
@@ -507,8 +540,8 @@ class Task:
         """Examples of rows; those of which cutting leaves nothing are left out."""
         made = [example for example in map(self.example, rows) if example]
         if len(made) < len(rows):
-            self.run.say(f"data       {len(rows) - len(made)} examples are left out: their prompts "
-                         f"alone fill --context {self.settings.context}")
+            self.run.say(f"data       {len(rows) - len(made)} examples are left out: no reply is "
+                         f"left of them within --context {self.settings.context}")
         return made
 
     def sequence(self, row: dict, reply="completion", everything=False):
@@ -537,7 +570,7 @@ class Task:
         net.eval()
         for _, batch in self.parts(examples[self.run.rank::self.run.world] or examples[:1]):
             with self.run.autocast():
-                total = total + self.measure(net, batch).double()
+                total = total + self.measure(net, batch).cpu().double()
         net.train(self.dropout)
         return self.summary(self.run.sum(*total.tolist()))
 
@@ -581,14 +614,18 @@ class SFT(Task):
         return "\n".join(shown)
 
 
+def width(model) -> int:
+    """Its number of channels C."""
+    return next(m for m in model.modules() if isinstance(m, nn.Embedding)).embedding_dim
+
+
 class Classifier(nn.Module):
     """A model and a linear head on the hidden vector of each row's last token."""
 
     def __init__(self, model, labels: list[str]):
         super().__init__()
         self.model, self.labels, self.OPTIMIZER = model, labels, model.OPTIMIZER
-        like = next(module.weight for module in model.modules() if isinstance(module, nn.Embedding))
-        self.head = nn.Linear(like.shape[1], len(labels), device=like.device)
+        self.head = nn.Linear(width(model), len(labels), device=next(model.parameters()).device)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
@@ -615,13 +652,17 @@ class Classify(Task):
                 p.requires_grad_(id(p) in last or p.dim() == 1 and id(p) not in inside)
 
     def example(self, row: dict) -> dict:
-        [content], labels, label = strings(row, "text"), self.net.labels, str(row.get("label"))
-        if label not in labels and not self.settings.predict:
-            raise ValueError(f"{row.get('where', 'a row')}: label {label!r} is none of {', '.join(labels)}")
-        ids = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(content)] or ending(self.tokenizer)
-        ids = ids[:self.settings.context]
-        return {"rows": [(ids, [-100] * len(ids))], "text": content,
-                "label": labels.index(label) if label in labels else -1}
+        labels, label = self.net.labels, label_of(row)
+        if label not in labels:
+            raise ValueError(f"{row.get('where', 'a row')}: label {label!r} is none of "
+                             + ", ".join(labels))
+        return {"rows": [self.row(row)], "label": labels.index(label)}
+
+    def row(self, row: dict) -> tuple[list[int], list[int]]:
+        [content] = strings(row, "text")
+        ids = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(content)]
+        ids = (ids or ending(self.tokenizer))[:self.settings.context]
+        return ids, [-100] * len(ids)
 
     def loss(self, net, batch):
         logits = net(batch["tokens"], batch["length"])
@@ -642,19 +683,22 @@ class Classify(Task):
 
     def sample(self, net) -> str:
         """The confusion matrix: a row for each true label, a column for what was said."""
+        if self.confusion is None:           # a run that went on has measured nothing yet
+            return ""
         wide = max(map(len, net.labels))
-        return "\n".join(f"{label:>{wide}} " + "".join(f"{int(n):>6}" for n in row)
-                         for label, row in zip(net.labels, self.confusion))
+        head = " " * wide + "  said: " + ", ".join(net.labels) + "\n"
+        return head + "\n".join(f"{label:>{wide}} " + "".join(f"{int(n):>6}" for n in row)
+                                for label, row in zip(net.labels, self.confusion))
 
     @torch.no_grad()
     def predict(self, rows: list[dict]) -> None:
-        """Print label, probability and text of each row."""
+        """Print label, probability and text of each row, one on a line."""
         self.net.eval()
-        for example in map(self.example, rows):
-            [(_, batch)] = self.parts([example])
+        for row in rows:
+            [(_, batch)] = self.parts([{"rows": [self.row(row)]}])
             with self.run.autocast():
                 p, label = self.net(batch["tokens"], batch["length"]).softmax(-1)[0].max(-1)
-            print(f"{self.net.labels[label]}\t{p:.3f}\t{example['text']}")
+            print(f"{self.net.labels[label]}\t{p:.3f}\t{' '.join(row['text'].split())}")
 
     def kept(self) -> dict:
         return {"labels": self.net.labels}
@@ -719,7 +763,8 @@ class DPO(Task):
         return torch.stack([losses, margins, right, torch.ones_like(right)]).sum(1)
 
     def summary(self, sums):
-        return {name: total / sums[3] for name, total in zip(("val_loss", "margin", "accuracy"), sums)}
+        loss, margin, right, count = sums
+        return {"val_loss": loss / count, "margin": margin / count, "accuracy": right / count}
 
     @torch.no_grad()
     def sample(self, net) -> str:
@@ -745,9 +790,8 @@ def grpo_loss(new, old, reference, advantage, clip: float, kl: float):
 
 def advantages(rewards: list[float]) -> list[float]:
     """How much better each of a group is than the group, in its standard deviations."""
-    mean = sum(rewards) / len(rewards)
-    deviation = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
-    return [(r - mean) / (deviation + 1e-4) for r in rewards]
+    r = torch.tensor(rewards, dtype=torch.float64)
+    return ((r - r.mean()) / (r.std(correction=0) + 1e-4)).tolist()
 
 
 class GRPO(Task):
@@ -760,16 +804,19 @@ class GRPO(Task):
         self.silent = set(tokenizer.special_ids.values()) & self.stop   # end, and are no text
         if settings.reward:
             run.say(f"reward     EXECUTES {settings.reward}: it is your own code")
-            self.score = load_reward(Path(settings.reward))
+            self.score = load_reward(settings.reward)
         if not settings.data:                # there, a blank line ends a function, too
             self.stop |= {id for id in range(tokenizer.vocab_size)
                           if b"\n\n" in tokenizer.to_bytes([id])}
 
     def example(self, row: dict) -> dict | None:
-        messages = conversation({"output": "", "completion": "", **row})
-        asked = messages[:-1] if messages[-1].get("role") == "assistant" else messages
-        parts = chat_parts(self.tokenizer, asked, row.get("where", ""))
-        ids = [id for part, _ in parts for id in part]
+        asked = conversation({"output": "", "completion": "", **row})
+        while asked and asked[-1].get("role") == "assistant":           # what is to be drawn
+            asked.pop()
+        where = row.get("where", "a row")
+        if not asked:
+            raise ValueError(f"{where} has no prompt")
+        ids = [id for part, _ in chat_parts(self.tokenizer, asked, where) for id in part]
         fits = len(ids) + 8 <= self.settings.context
         return {"rows": [(ids, ids)], "prompt": asked[-1]["content"]} if fits else None
 
@@ -798,14 +845,18 @@ class GRPO(Task):
     def draw(self, prompts: list[dict], seed: int) -> list[dict]:
         """A group of completions of each prompt: their ids, text, reward and advantage."""
         size, made = self.settings.group, []
-        asked = [prompt for prompt in prompts for _ in range(size)]
-        drawn = [[] for _ in asked]          # with their stop ids, which `generate` leaves out
-        self.net.generate([e["rows"][0][0] for e in asked], self.settings.max_new_tokens,
-                          temperature=self.settings.temperature, stop=self.stop, seed=seed,
-                          on_token=lambda row, id: drawn[row].append(id))
+        asked = [prompt["rows"][0][0] for prompt in prompts for _ in range(size)]
+        drawn = [[] for _ in asked]          # with the stop ids, which generate leaves out
+        most = max(size, 8 * self.settings.micro_batch)                 # no gradients: more fit
+        for first in range(0, len(asked), most):
+            rows = drawn[first:first + most]
+            self.net.generate(asked[first:first + most], self.settings.max_new_tokens,
+                              temperature=self.settings.temperature, stop=self.stop,
+                              seed=seed + first,
+                              on_token=lambda row, id: rows[row].append(id))
         for prompt, group in zip(prompts, (drawn[i:i + size] for i in range(0, len(drawn), size))):
-            texts = [self.tokenizer.decode([id for id in ids if id not in self.silent])
-                     for ids in group]
+            texts = [self.tokenizer.to_bytes([id for id in ids if id not in self.silent], False)
+                     .decode("utf-8", "replace") for ids in group]
             rewards = self.score(prompt["prompt"], texts, [ids[-1] in self.stop for ids in group])
             made += [{"prompt": prompt, "ids": ids, "text": content, "reward": r, "advantage": a}
                      for ids, content, r, a in zip(group, texts, rewards, advantages(rewards))]
@@ -824,17 +875,19 @@ class GRPO(Task):
         temperature, made = self.settings.temperature, self.draw(prompts, seed=(
             self.settings.seed * 1_000_003 + step) * self.run.world + self.run.rank)
         means, examples, batches = self.means(made), [], []
-        self.run.log(step=step + 1, **means)
-        self.run.say("           drawn: " + ", ".join(f"{k} {v:.3f}" for k, v in means.items()))
+        self.run.log(step=step + 1, **{f"drawn_{name}": value for name, value in means.items()})
+        self.run.say("           drawn: " + train.shown(means))
         for m in made:
             prompt = m["prompt"]["rows"][0][0]
             row = ([*prompt, *m["ids"]][:-1], [-100] * (len(prompt) - 1) + m["ids"])
             examples.append({"rows": [row], "advantage": m["advantage"]})
         for _, batch in self.parts(examples):
-            with self.run.autocast(), without_adapters(self.origin or self.net) as origin:
-                batch["reference"] = log_probs(origin, batch, temperature) * bool(self.settings.kl)
             with self.run.autocast():
-                batches.append(batch | {"old": log_probs(self.net, batch, temperature)})
+                batch["old"] = batch["reference"] = log_probs(self.net, batch, temperature)
+                if self.settings.kl:
+                    with without_adapters(self.origin or self.net) as start:
+                        batch["reference"] = log_probs(start, batch, temperature)
+            batches.append(batch)
         return batches
 
     def loss(self, net, batch):
@@ -855,29 +908,27 @@ class GRPO(Task):
                          for m in made[::self.settings.group])
 
 
-def load_reward(path: Path):
+def load_reward(path: str):
     """The rewards of a group, by reward(prompt, completion) of a Python file, which is executed."""
-    def guarded(call, *arguments):
-        try:
-            return call(*arguments)
-        except Exception as error:           # the user's code can raise anything
-            raise ValueError(f"--reward {path}: {type(error).__name__}: {error}") from None
-    spec = importlib.util.spec_from_file_location("users_reward", path)
-    module = guarded(importlib.util.module_from_spec, spec)
-    guarded(spec.loader.exec_module, module)
-    reward = guarded(getattr, module, "reward")
+    try:
+        reward = runpy.run_path(path)["reward"]
+    except Exception as error:               # the user's code can raise anything
+        raise ValueError(f"--reward {path}: {type(error).__name__}: {error}") from None
 
     def score(prompt, completions, ended):
-        values = [guarded(lambda c=c: float(reward(prompt, c))) for c in completions]
+        try:
+            values = [float(reward(prompt, completion)) for completion in completions]
+        except Exception as error:
+            raise ValueError(f"--reward {path}: {type(error).__name__}: {error}") from None
         if not all(map(math.isfinite, values)):
             raise ValueError(f"--reward {path} gave {values}: rewards are finite numbers")
         return values
     return score
 
 
-KINDS = dict(zip(TASKS, (SFT, Classify, DPO, GRPO)))
-# examples in a step, epochs, learning rate relative to that of sft
-RECIPES = {"sft": (16, 3, 1.0), "classify": (16, 4, 1.0), "dpo": (16, 2, 0.3), "grpo": (8, 1, 1.0)}
+RECIPES = {  # task, examples in a step, epochs, learning rate relative to that of sft
+    "sft": (SFT, 16, 3, 1.0), "classify": (Classify, 16, 4, 1.0), "dpo": (DPO, 16, 2, 0.3),
+    "grpo": (GRPO, 8, 1, 1.0)}
 
 # ------------------------------------------------------------------------------ loading and saving
 
@@ -910,23 +961,30 @@ def open_all(settings: Settings, resumed: dict | None):
     if model.config.vocab_size < tokenizer.vocab_size:
         raise ValueError(f"the model has {model.config.vocab_size} ids, the tokenizer "
                          f"{tokenizer.vocab_size}: it needs its own tokenizer")
+    if tokenizer.end_id is None and not tokenizer.stop_ids:
+        raise ValueError("the tokenizer has no id that ends a text: answers could not end")
     return tokenizer, model
 
 
 def fill_defaults(settings: Settings, tokenizer, model) -> None:
     """Decide what was left open and does not need the data."""
-    batch, epochs, rate = RECIPES[settings.task]
-    width = next(m for m in model.modules() if isinstance(m, nn.Embedding)).embedding_dim
+    _, batch, epochs, rate = RECIPES[settings.task]
     settings.batch, settings.epochs = settings.batch or batch, settings.epochs or epochs
-    settings.context = min(settings.context or 1024, model.config.context or 1024)
+    most, narrow = model.config.context, 256 / width(model)
+    if most and (settings.context or 0) > most:
+        raise ValueError(f"--context {settings.context}: the model's is {most}")
+    settings.context = settings.context or min(1024, most or 1024)
     settings.lora_alpha = settings.lora_alpha or 2.0 * (settings.lora or 1)
-    settings.lr = settings.lr or 1e-3 * rate * (  # of adapters it need not fall as fast with width
-        3 * 256 / width if settings.lora else (256 / width) ** 2)
+    # an adapter's learning rate need not fall as fast with the width
+    settings.lr = settings.lr or 1e-3 * rate * (3 * narrow if settings.lora else narrow**2)
     if settings.chat is None:                # a model that completes text goes on doing so
         plain = settings.task == "grpo" and not (settings.data and tokenizer.chat_format)
         settings.chat = "none" if plain else tokenizer.chat_format or "alpaca"
     if settings.task != "classify":          # nothing is said there
         tokenizer.chat_format = None if settings.chat == "none" else settings.chat
+        if settings.chat != "world":         # there, a blank line ends a reply
+            stops = sorted({*model.config.eos_ids, *ending(tokenizer)})
+            model.config = dataclasses.replace(model.config, eos_ids=tuple(stops))
 
 
 def read_head(folder: Path) -> tuple[list[str], dict]:
@@ -942,49 +1000,51 @@ def split(rows: list[dict], settings: Settings) -> tuple[list[dict], list[dict]]
     """(to learn from, held out): the same part of every label."""
     piles, parts, dice = {}, ([], []), random.Random(settings.split_seed)
     for row in rows:
-        piles.setdefault(str(row.get("label")) * (settings.task == "classify"), []).append(row)
+        pile = label_of(row) if settings.task == "classify" else ""
+        piles.setdefault(pile, []).append(row)
     least = min(map(len, piles.values()), default=0) if settings.balance else None
     for _, pile in sorted(piles.items()):
         dice.shuffle(pile)
-        out = 0 if settings.val else max(1, round(settings.hold_out * len(pile[:least])))
-        parts[1].extend(pile[:least][:out])
-        parts[0].extend(pile[:least][out:])
+        pile = pile[:least]
+        out = min(len(pile) - 1, max(1, round(settings.hold_out * len(pile))))
+        out = 0 if settings.val else out
+        parts[1].extend(pile[:out])
+        parts[0].extend(pile[out:])
     for part in parts:
         dice.shuffle(part)
     return parts
 
 
-def make_task(settings: Settings, run: train.Run, tokenizer, model, resumed: dict | None) -> Task:
-    """The task, its net on the device, its examples (to predict: rows)."""
+def open_task(settings: Settings, run: train.Run, tokenizer, model, rows, resumed: dict | None):
+    """The task, with its net on the device."""
     torch.manual_seed(settings.seed)         # adapters and heads are drawn
     if settings.lora:
         add_lora(model, settings)
-    place = [settings.predict] if settings.predict else settings.data
-    rows = read_rows(place) if place else DEFAULT_ROWS[settings.task]()
     if settings.task == "classify":
-        labels, head = (resumed["task"]["labels"], {}) if resumed else read_head(
-            Path(settings.init_from))
+        labels, head = read_head(Path(settings.init_from)) if not resumed else (
+            resumed["task"]["labels"], {})
         if settings.predict and not head:
             raise ValueError(f"--predict: {settings.init_from} has no head yet: train one first")
-        labels = labels or sorted({str(row.get("label")) for row in rows if strings(row, "text")})
+        labels = labels or sorted({label_of(row) for row in rows})
         if len(labels) < 2:
-            raise ValueError(f"only one label, {labels[0]}: is there a column or field \"label\"?")
+            raise ValueError(f"two labels are needed, there is {', '.join(labels) or 'none'}")
         task = Classify(settings, run, tokenizer, model, labels)
         if head:
             task.net.head.load_state_dict(head)
     else:
-        task = KINDS[settings.task](settings, run, tokenizer, model)
+        task = RECIPES[settings.task][0](settings, run, tokenizer, model)
     task.net.to(run.device).train(task.dropout)
-    if settings.predict:
-        task.val, settings.micro_batch = rows, 1
-        return task
+    return task
+
+
+def split_rows(settings: Settings, task: Task, rows: list[dict]) -> None:
+    """Give the task its examples: to learn from, and to measure on."""
     learn, held = split(rows, settings)
     task.train = task.prepare(learn)
     task.val = task.prepare(read_rows(settings.val) if settings.val else held)
     for what, examples in (("learn from", task.train), ("measure on", task.val)):
         if not examples:
             raise ValueError(f"no examples to {what}: give more data")
-    return task
 
 # -------------------------------------------------------------------------------------------- main
 
@@ -992,7 +1052,7 @@ def make_task(settings: Settings, run: train.Run, tokenizer, model, resumed: dic
 def plan(settings: Settings, run: train.Run, task: Task) -> None:
     """Decide what depends on the data and the machine, and say what was decided."""
     if settings.batch < run.world:
-        raise ValueError(f"--batch {settings.batch} leaves some of {run.world} processes without work")
+        raise ValueError(f"--batch {settings.batch} leaves some of {run.world} processes idle")
     rows = settings.batch * {"dpo": 2, "grpo": settings.group}.get(settings.task, 1)
     known = sum(id != -100 for e in task.train for _, targets in e["rows"] for id in targets)
     settings.tokens_per_step = max(rows, round(rows * known / len(task.train)))     # about: a scale
@@ -1001,12 +1061,13 @@ def plan(settings: Settings, run: train.Run, task: Task) -> None:
         steps * (settings.updates if settings.task == "grpo" else 1))
     total, learn = (sum(p.numel() for p in task.net.parameters() if p.requires_grad or every)
                     for every in (True, False))
-    run.say(f"data       {', '.join(settings.data) or 'the source of the standard library of Python'}: "
-            f"{len(task.train)} examples to learn from, {len(task.val)} held out")
+    source = ", ".join(settings.data) or "the source of Python's standard library"
+    run.say(f"data       {source}: {len(task.train)} examples to learn from, {len(task.val)} held "
+            "out")
     run.say(f"model      {settings.model}, {total:,} parameters, of which {learn:,} learn")
-    train.plan_memory(settings, run, type(task.model), task.config, rows, next_token_loss)
-    if settings.checkpoint_activations:
-        train.checkpoint_blocks(task.model)
+    held = total * (2 if settings.task == "grpo" and settings.kl and not settings.lora else 1)
+    train.plan_memory(settings, run, type(task.model), task.config, rows, next_token_loss,
+                      held, learn)
     run.say(f"plan       {settings.task}: {settings.steps} steps of {settings.batch} examples, "
             f"learning rate {settings.lr:.2g}" + (
                 f", chat format {settings.chat}" if settings.task != "classify" else ""))
@@ -1024,20 +1085,28 @@ def write_merged(settings: Settings, run: train.Run, tokenizer, model) -> None:
 
 def settle(settings: Settings, given: set[str]) -> tuple[Settings, dict | None]:
     """(settings, what was saved if a run goes on), after a look at what was asked."""
-    for spec in dataclasses.fields(Settings):
-        if spec.name in given and spec.metadata["help"] is HIDDEN:
-            raise ValueError(f"--{spec.name.replace('_', '-')} is a flag of train.py: here the "
-                             "checkpoint decides")
-    if not settings.resume and not (settings.init_from and (settings.task or settings.merge)):
+    if settings.resume:
+        out, harmless = Path(settings.resume), train.HARMLESS | {"samples", "eval_examples"}
+        saved = train.load_resume(out)
+        return train.resume_settings(Settings, saved["settings"], settings, given, out,
+                                     harmless), saved
+    if not (settings.init_from and (settings.task or settings.merge)):
         raise ValueError("give --task and --init-from CHECKPOINT (python train.py makes out/gpt)")
-    if not settings.resume:
-        return settings, None
-    saved = train.load_resume(Path(settings.resume))
-    gone_on = train.resume_settings(Settings, saved["settings"], settings, given - HARMLESS,
-                                    Path(settings.resume))
-    for name in given & HARMLESS:
-        setattr(gone_on, name, getattr(settings, name))
-    return gone_on, saved
+    for spec in dataclasses.fields(Settings):
+        name, meaning = f"--{spec.name.replace('_', '-')}", spec.metadata["help"]
+        if spec.name not in given:
+            continue
+        if meaning is HIDDEN:
+            raise ValueError(f"{name} is a flag of train.py: here the checkpoint decides")
+        if (only := meaning.split(":")[0]) in TASKS and only != settings.task:
+            raise ValueError(f"{name} is a flag of --task {only}")
+        if spec.name in ("lora_alpha", "lora_targets") and not settings.lora:
+            raise ValueError(f"{name} needs --lora RANK")
+    if settings.task == "grpo" and settings.data and not settings.reward:
+        raise ValueError("--task grpo --data needs --reward FILE.py: a file that has "
+                         "reward(prompt, completion)")
+    settings.init_from = str(train.locate(settings.init_from))
+    return settings, None
 
 
 def finetune(settings: Settings, given: set[str]) -> None:
@@ -1050,19 +1119,24 @@ def finetune(settings: Settings, given: set[str]) -> None:
         return write_merged(settings, run, tokenizer, model)
     if not resumed:
         fill_defaults(settings, tokenizer, model)
-    task = make_task(settings, run, tokenizer, model, resumed)
+    place = [settings.predict] if settings.predict else settings.data
+    rows = read_rows(place) if place else DEFAULT_ROWS[settings.task]()
+    task = open_task(settings, run, tokenizer, model, rows, resumed)
     if settings.predict:
-        return task.predict(task.val)
+        return task.predict(rows)
+    split_rows(settings, task, rows)
     key = hashlib.blake2b(repr([[e["rows"] for e in part] for part in (task.train, task.val)])
                           .encode(), digest_size=8).hexdigest()
     if resumed and key != resumed["data"]:
         raise ValueError(f"--resume {settings.out}: the data have changed since it was started")
     plan(settings, run, task)
     task.begin(resumed["task"] if resumed else {})
+    if settings.checkpoint_activations:      # after `begin`, which may copy the model
+        train.checkpoint_blocks(task.model)
     if resumed:
         task.net.load_state_dict(resumed["model"])
     before = resumed["before"] if resumed else task.validate(task.net, True)
-    run.say("before     " + ", ".join(f"{name} {value:.4f}" for name, value in before.items()))
+    run.say("before     " + train.shown(before))
     if settings.eval_only:
         return
     if not resumed:
@@ -1073,7 +1147,8 @@ def finetune(settings: Settings, given: set[str]) -> None:
         run.out = Path(settings.out) if resumed else train.make_run_directory(named)
         settings.out = str(run.out)
         run.say(f"run        {run.out}")
-        run.log(step=0, **before)
+        if not resumed:
+            run.log(step=0, **before)
 
     def save(state):
         if run.rank == 0:
@@ -1094,23 +1169,10 @@ def finetune(settings: Settings, given: set[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`python finetune.py`: a user's mistake is one line and exit status 2."""
-    settings, given = train.parse_settings(Settings, sys.argv[1:] if argv is None else argv,
-                                           __doc__.split("\n")[0])
-    try:
-        finetune(settings, given)
-    except (ValueError, OSError) as error:
-        sys.exit(complain(f"finetune.py: {error}"))
-    except RuntimeError as error:
-        if not train.is_out_of_memory(error):
-            raise
-        settings.micro_batch = settings.micro_batch or 2                # it was not decided yet
-        sys.exit(complain(f"finetune.py: out of memory: try {train.smaller(settings)}"))
-    except KeyboardInterrupt:
-        sys.exit(complain("finetune.py: stopped before the first step; nothing was lost", 130))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    """`python finetune.py`."""
+    argv = sys.argv[1:] if argv is None else argv
+    train.run_script("finetune.py", finetune,
+                     *train.parse_settings(Settings, argv, __doc__.split("\n")[0]))
 
 
 if __name__ == "__main__":

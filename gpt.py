@@ -33,6 +33,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -286,8 +287,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor, state: State | None = None) -> Tensor:
         """(B, T, C) -> (B, T, V): the head."""
-        head = self.wte if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight)
+        tied = self.config.tie_word_embeddings
+        return F.linear(hidden, self.wte.weight) if tied else self.lm_head(hidden)
 
     def forward(self, tokens: Tensor, state: State | None = None) -> Tensor:
         """(B, T) ids -> (B, T, V): logits of every position."""
@@ -600,6 +601,7 @@ def main() -> None:
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them there is")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")                            # where a letter is unknown
     here = [torch.cuda.is_available(), torch.backends.mps.is_available(), True]
     device = args.device or ("cuda", "mps", "cpu")[here.index(True)]
     times = []

@@ -36,6 +36,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -356,8 +357,8 @@ class Llama3(nn.Module):
 
     def logits(self, hidden: Tensor, state: State | None = None) -> Tensor:
         """(B, T, C) -> (B, T, V): the head."""
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight)
+        tied = self.config.tie_word_embeddings
+        return F.linear(hidden, self.model.embed_tokens.weight) if tied else self.lm_head(hidden)
 
     def forward(self, tokens: Tensor, state: State | None = None) -> Tensor:
         """(B, T) ids -> (B, T, V): logits of every position."""
@@ -795,6 +796,7 @@ def main() -> None:
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them there is")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")                            # where a letter is unknown
     here = [torch.cuda.is_available(), torch.backends.mps.is_available(), True]
     device = args.device or ("cuda", "mps", "cpu")[here.index(True)]
     times = []

@@ -199,6 +199,9 @@ def identify(path: Path) -> str:
     """Which of our models a checkpoint is: its config tells, or the names of its tensors."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise ValueError(f"{path} is an adapter: python finetune.py --merge --init-from {path} "
+                         "--out NEW makes a checkpoint of it")
     folder = path if path.is_dir() else path.parent
     if path.suffix == ".pt" or (path / "ckpt.pt").exists():
         return "gpt"
@@ -623,22 +626,23 @@ def free_bytes(device: torch.device) -> int | None:
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages else None
 
 
-def plan_memory(settings: Settings, run: Run, model_class, config, sequences: int, loss) -> None:
-    """Say what training needs beside what there is, and set how many sequences go at once."""
-    with torch.device("meta"):
-        count = sum(p.numel() for p in model_class(config).parameters())
+def plan_memory(settings: Settings, run: Run, model_class, config, sequences: int, loss,
+                held: int, learn: int) -> None:
+    """Say what training needs beside what there is, and set how many sequences go at once.
+
+    held: parameters in memory; learn: those of them with a gradient and Adam's two means."""
     each = activation_bytes(model_class, config, settings.context, loss)
     each = int(each * (0.6 if run.dtype != torch.float32 else 1.0))     # half of most, not of all
     if settings.checkpoint_activations:
         each //= 4
-    free, fixed, most = free_bytes(run.device), 16 * count, -(-sequences // run.world)
+    free, fixed, most = free_bytes(run.device), 4 * held + 12 * learn, -(-sequences // run.world)
     if settings.micro_batch is None:
         room = (0.7 * free - fixed) / each if free else 8
         most = max(1, min(most, 16384 // settings.context, int(room)))
         settings.micro_batch = 1 << (most.bit_length() - 1)             # a power of two
     need, gb = fixed + each * settings.micro_batch, 1 << 30
-    run.say(f"memory     about {need / gb:.2f} GB: parameters {4 * count / gb:.2f}, gradients "
-            f"{4 * count / gb:.2f}, Adam {8 * count / gb:.2f}, activations "
+    run.say(f"memory     about {need / gb:.2f} GB: parameters {4 * held / gb:.2f}, gradients "
+            f"{4 * learn / gb:.2f}, Adam {8 * learn / gb:.2f}, activations "
             f"{each * settings.micro_batch / gb:.2f}"
             + (f"; {free / gb:.1f} GB are free" if free else ""))
     if free and need > free:
@@ -919,11 +923,12 @@ def load_resume(out: Path) -> dict:
     return read_pickle(out / "resume.pt")
 
 
-def resume_settings(kind: type, saved: dict, asked: Settings, given: set[str], out: Path):
+def resume_settings(kind: type, saved: dict, asked: Settings, given: set[str], out: Path,
+                    harmless: set[str] = HARMLESS):
     """The run's own settings; what was given beside --resume may not change the result."""
     settings = kind(**saved)
     for name in given - {"resume"}:
-        if name not in HARMLESS and getattr(asked, name) != getattr(settings, name):
+        if name not in harmless and getattr(asked, name) != getattr(settings, name):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(asked, name)} would change the "
                              f"result: {out} was started with {getattr(settings, name)}")
         setattr(settings, name, getattr(asked, name))
@@ -938,7 +943,8 @@ def logged(out: Path, name: str) -> dict[int, float]:
 
 
 def draw_log(out: Path) -> None:
-    """loss.png of the losses in log.jsonl, where matplotlib is installed."""
+    """loss.png of the losses in log.jsonl, and of what else was validated, where matplotlib is
+    installed."""
     try:
         import matplotlib
     except ImportError:
@@ -946,11 +952,19 @@ def draw_log(out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     train, val = logged(out, "loss"), logged(out, "val_loss")
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    others = {name: found for name in ("accuracy", "reward") if (found := logged(out, name))}
+    figure, panels = pyplot.subplots(1 + len(others), figsize=(7, 4 + 2 * len(others)), sharex=True,
+                                     squeeze=False, layout="constrained")
+    axes, *more = panels[:, 0]
     axes.plot(list(train), list(train.values()), lw=0.8, label="training")
-    axes.plot(list(val), list(val.values()), "o-", label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=out.name)
+    if val:
+        axes.plot(list(val), list(val.values()), "o-", label="validation")
+    axes.set(ylabel="loss (nats)", title=out.name)
     axes.legend()
+    for panel, (name, found) in zip(more, others.items()):
+        panel.plot(list(found), list(found.values()), "o-", color="C1")
+        panel.set(ylabel=f"validation: {name}")
+    panels[-1, 0].set(xlabel="step")
     figure.savefig(out / "loss.png.part", format="png", dpi=120)
     pyplot.close(figure)
     os.replace(out / "loss.png.part", out / "loss.png")
@@ -1036,14 +1050,15 @@ def train(settings: Settings, given: set[str]) -> None:
         raise ValueError(f"--context {settings.context}: the model's is {config.context}")
     settings.context = min(settings.context, config.context or settings.context)
     sequences = max(1, settings.tokens_per_step // settings.context)
-    plan_memory(settings, run, model_class, config, sequences, next_token_loss)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in model_class(config).parameters())
+    plan_memory(settings, run, model_class, config, sequences, next_token_loss, count, count)
     torch.manual_seed(settings.seed)
     model = (model or model_class(config)).to(run.device).train()
     if resumed:
         model.load_state_dict(resumed["model"])
     if settings.checkpoint_activations:
         checkpoint_blocks(model)
-    count = sum(parameter.numel() for parameter in model.parameters())
     run.say(f"model      {settings.model}, {count:,} parameters: {config}")
 
     def check(model, last):
@@ -1120,22 +1135,37 @@ def finish(settings: Settings, run: Run, measures: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`python train.py`: a user's mistake is one line and exit status 2."""
+    """`python train.py`."""
     argv = sys.argv[1:] if argv is None else argv
-    settings, given = parse_settings(Settings, argv, __doc__.split("\n")[0])
+    run_script("train.py", train, *parse_settings(Settings, argv, __doc__.split("\n")[0]))
+
+
+def run_script(name: str, script, settings: Settings, given: set[str]) -> None:
+    """Run script(settings, given): a user's mistake is one line and exit status 2."""
+    show_any_text()
     try:
-        train(settings, given)
+        script(settings, given)
+        if dist.is_initialized():
+            dist.barrier()                   # who leaves while another one writes may be aborted
     except (ValueError, OSError) as error:
-        sys.exit(complain(f"train.py: {error}"))
+        sys.exit(complain(f"{name}: {error}"))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        sys.exit(complain(f"train.py: out of memory: try {smaller(settings)}"))
+        settings.micro_batch = settings.micro_batch or 2                # perhaps not decided yet
+        sys.exit(complain(f"{name}: out of memory: try {smaller(settings)}"))
     except KeyboardInterrupt:
-        sys.exit(complain("train.py: stopped before the first step; nothing was lost", 130))
+        sys.exit(complain(f"{name}: stopped before the first step; nothing was lost", 130))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def show_any_text() -> None:
+    """A terminal or file that cannot hold a letter gets a ? instead."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def complain(line: str, status: int = 2) -> int:

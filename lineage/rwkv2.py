@@ -46,6 +46,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import zipfile
 from dataclasses import dataclass, fields, replace
@@ -735,6 +736,7 @@ def main() -> None:
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them there is")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")                            # where a letter is unknown
     here = [torch.cuda.is_available(), torch.backends.mps.is_available(), True]
     device = args.device or ("cuda", "mps", "cpu")[here.index(True)]
     times = []

@@ -1,0 +1,201 @@
+"""Long tests, run by hand: pytest tests/test_stress.py --stress | tee bench/stress.log
+
+Many kills at random moments; damaged files of every kind; random text through every tokenizer;
+a state carried through 300,000 tokens. `-s` shows how often each thing happened.
+"""
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+from helpers import ROOT, assert_close
+
+import finetune
+import tokenizer as text
+import train
+
+pytestmark = pytest.mark.stress
+MODELS = [*train.MODELS]
+SMALL = ["--layers", "1", "--width", "32", "--context", "32", "--tokens-per-step", "128", "--vocab", "300",
+         "--steps", "40", "--device", "cpu", "--dtype", "float32", "--lr", "0.003", "--workers", "1",
+         "--save-minutes", "0"]
+
+
+def sentences(dice, count):
+    """Random text: words, code, every plane of Unicode, lone surrogates, control characters."""
+    kinds = (lambda: dice.choice("abc def 123 \n\n\t  .,'\"<|>[]#"), lambda: chr(dice.randrange(128)),
+             lambda: chr(dice.randrange(0x3000)), lambda: chr(dice.randrange(0x110000)),
+             lambda: dice.choice(["<|endoftext|>", "<|eot_id|>", "[gMASK]", "User: ", "\r\n", "\u200d", "👩‍👧"]))
+    for _ in range(count):
+        weights = [dice.random() ** 3 for _ in kinds]
+        yield "".join(kind() for kind in dice.choices(kinds, weights, k=dice.randrange(60)))
+
+
+def tiny(name):
+    torch.manual_seed(0)
+    model_class, config_class, _ = train.model_parts(name)
+    return model_class(config_class.sized(1, 32, 257, 64)).eval()
+
+
+def test_a_run_that_is_killed_forty_times_ends_in_the_same_bits(tmp_path):
+    """kill -9 at any moment: while Python starts, while a step computes, while it saves."""
+    (tmp_path / "data.txt").write_text("\n".join(sentences(random.Random(1), 400)), encoding="utf-8", errors="replace")
+    command = [sys.executable, "train.py"]
+    begin = [*SMALL, "--data", str(tmp_path / "data.txt"), "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *begin, str(tmp_path / "whole")], cwd=ROOT, env=environment, check=True,
+                   stdout=subprocess.DEVNULL)
+    dice, out, reached = random.Random(2), tmp_path / "run", Counter()
+    for kill in range(41):
+        arguments = ["--resume", str(out)] if (out / "resume.pt").exists() else [*begin, str(out)]
+        if "--resume" not in arguments and out.exists():                # killed before its first save
+            for file in out.iterdir():
+                file.unlink()
+        process = subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if kill == 40:
+            output = process.communicate(timeout=300)[0]
+            assert process.returncode == 0, output
+            break
+        if kill % 4:                         # three of four after the first step, one wherever it is
+            while (line := process.stdout.readline()) and not line.startswith("step "):
+                pass
+        time.sleep(dice.uniform(0, 0.15 if kill % 4 else 4))
+        process.kill()
+        steps = [line for line in process.communicate()[0].splitlines() if line.startswith("step ")]
+        reached["in training" if steps or kill % 4 else "before the first step"] += 1
+    print(f"\nkilled: {dict(reached)}")
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def damaged(content, dice):
+    """The bytes with one fault: cut, flipped, a piece overwritten, doubled or removed."""
+    made, at, size = bytearray(content), dice.randrange(len(content)), dice.choice((1, 1, 4, 64, 999))
+    match dice.randrange(5):
+        case 0:
+            del made[at:]
+        case 1:
+            for _ in range(size):
+                made[dice.randrange(len(made))] ^= 1 << dice.randrange(8)
+        case 2:
+            made[at:at + size] = dice.randbytes(size)
+        case 3:
+            made[at:at] = made[at:at + size]
+        case 4:
+            del made[at:at + size]
+    if len(made) > 400 and dice.random() < 0.5:                         # headers are where faults matter
+        made[dice.randrange(400)] ^= 1 << dice.randrange(8)
+    return bytes(made)
+
+
+def opened(open_it, counts):
+    """Open a damaged file: it opens, or there is one clear line, soon."""
+    begun = time.perf_counter()
+    try:
+        open_it()
+        counts["opened"] += 1
+    except (ValueError, OSError) as error:
+        assert "\n" not in str(error).strip() and str(error).strip(), repr(error)
+        counts["refused"] += 1
+    assert time.perf_counter() - begun < 20
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_damaged_checkpoint_opens_or_is_refused_in_one_line(name, tmp_path):
+    tiny(name).save_pretrained(tmp_path)
+    text.Bytes().save(tmp_path)
+    dice, counts = random.Random(3), Counter()
+    for path in sorted(tmp_path.iterdir()):
+        whole = path.read_bytes()
+        for _ in range(250):
+            path.write_bytes(damaged(whole, dice))
+            opened(lambda: train.load_checkpoint(tmp_path), counts)
+        path.write_bytes(whole)
+    print(f"\n{name}: {dict(counts)}")
+    assert counts["refused"] > 100
+    train.load_checkpoint(tmp_path)          # whole again
+
+
+def test_a_damaged_tokenizer_opens_or_is_refused_in_one_line(tmp_path, golden):
+    dice, counts = random.Random(4), Counter()
+    text.train_bpe(sentences(random.Random(5), 500), 400).save(tmp_path / "bpe")
+    text.Bytes().save(tmp_path / "bytes")
+    for path in sorted(tmp_path.glob("*/*.json")):
+        whole = path.read_bytes()
+        for _ in range(400):
+            path.write_bytes(damaged(whole, dice))
+            opened(lambda: text.load_tokenizer(path.parent).encode("def f(x): é"), counts)
+        path.write_bytes(whole)
+    print(f"\n{dict(counts)}")
+    assert counts["refused"] > 100
+
+
+def test_a_damaged_run_is_refused_in_one_line(tmp_path):
+    (tmp_path / "data.txt").write_text("\n".join(sentences(random.Random(1), 400)), encoding="utf-8", errors="replace")
+    out = tmp_path / "run"
+    train.main([*SMALL, "--steps", "1", "--data", str(tmp_path / "data.txt"), "--out", str(out)])
+    dice, counts, whole = random.Random(6), Counter(), (out / "resume.pt").read_bytes()
+    for _ in range(400):
+        (out / "resume.pt").write_bytes(damaged(whole, dice))
+        opened(lambda: train.load_resume(out), counts)
+    print(f"\n{dict(counts)}")
+    assert counts["refused"] > 100
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", '{"instruction": "Say é.", "input": "", "output": "é"}\n' * 4),
+    ("a.json", '[{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]'),
+    ("a.csv", 'text,label\n"a, ""b""\nc",x\nd,y\n')])
+def test_damaged_examples_are_read_or_refused_in_one_line(name, content, tmp_path):
+    dice, counts, tokenizer = random.Random(7), Counter(), text.Bytes()
+    tokenizer.chat_format = "alpaca"
+
+    def read():
+        for row in finetune.read_rows([tmp_path / name]):
+            if name == "a.csv":
+                finetune.strings(row, "text")
+            else:
+                finetune.sequence(tokenizer, finetune.conversation(row), 64, row["where"])
+    for _ in range(4000):
+        (tmp_path / name).write_bytes(damaged(content.encode(), dice))
+        opened(read, counts)
+    print(f"\n{dict(counts)}")
+    assert counts["refused"] > 100 and counts["opened"] > 100
+
+
+def through(tokenizer, dice, count):
+    """Random text there and back, whole and id by id; control ids never come from text."""
+    special = set(tokenizer.special_ids.values())
+    for sentence in sentences(dice, count):
+        plain = sentence.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = tokenizer.encode(sentence)
+        decoder = tokenizer.stream_decoder()
+        streamed = "".join(map(decoder.feed, ids)) + decoder.finish()
+        assert tokenizer.decode(ids) == streamed == plain, repr(sentence)
+        assert not special & set(ids), repr(sentence)
+
+
+def test_random_text_comes_back_from_tokenizers_of_our_own():
+    for tokenizer in (text.Bytes(), text.train_bpe(sentences(random.Random(8), 2000), 1000)):
+        through(tokenizer, random.Random(9), 20_000)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_state_is_the_same_after_300_000_tokens_in_any_pieces(name):
+    model = tiny(name)
+    if model.config.context:
+        pytest.skip("its context ends")
+    ids = torch.randint(257, (1, 300_000), generator=torch.Generator().manual_seed(0))
+    states = []
+    for piece in (4096, 9999):
+        state = model.new_state(1, 0)
+        with torch.no_grad():
+            for part in ids.split(piece, 1):
+                last = model.hidden(part, state)[:, -1]
+        states.append((last, state.position.item()))
+    assert states[0][1] == states[1][1] == 300_000 and states[0][0].isfinite().all()
+    assert_close(states[0][0], states[1][0], 1e-3, name)
