@@ -248,7 +248,7 @@ def tab_separated(content: str, lines: list[str]) -> list[tuple[int, dict]]:
     """(line, row) of a .tsv file, where quotes may be only characters; two columns without names
     are label and text, as in the SMS Spam Collection."""
     names = [name.strip('"') for name in lines[0].split("\t")]
-    if len(names) == 2 and "text" not in names:
+    if len(names) == 2 and not {"text", "label"} & set(names):
         return [(n, dict(zip(("label", "text"), line.split("\t", 1))))
                 for n, line in enumerate(lines, 1)]
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
@@ -347,10 +347,13 @@ def length(example: dict) -> int:
 
 
 def groups(examples: list[dict], budget: int):
-    """Yield lists of examples of similar length: at most `budget` ids each, padding included."""
+    """Yield lists of examples of similar length: at most `budget` ids each, padding included. One
+    list more costs a small model the time of about 128 ids: an example may cost as much padding."""
     group = []
     for example in sorted(examples, key=length):
-        if group and (len(group) + 1) * len(example["rows"]) * length(example) > budget:
+        rows, T = len(example["rows"]), length(example)
+        if group and ((len(group) + 1) * rows * T > budget
+                      or len(group) * rows * (T - length(group[-1])) > 128):
             yield group
             group = []
         group.append(example)
@@ -1075,11 +1078,12 @@ def plan(settings: Settings, run: train.Run, task: Task) -> None:
 
 def write_merged(settings: Settings, run: train.Run, tokenizer, model) -> None:
     """--merge without --task: the plain checkpoint that an adapter makes of its base."""
-    out, head = train.make_run_directory(settings), Path(settings.init_from, "head.safetensors")
+    out = train.make_run_directory(settings)
     model.save_pretrained(out)
     tokenizer.save(out, model_max_length=model.config.context)
-    if head.exists():
-        shutil.copy(head, out)
+    for name in ("head.safetensors", "generation_config.json"):
+        if Path(settings.init_from, name).exists():
+            shutil.copy(Path(settings.init_from, name), out)
     run.say(f"run        {out}: the merged weights")
 
 

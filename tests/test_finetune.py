@@ -262,6 +262,11 @@ def test_quotes_of_a_tsv_file_may_be_plain_characters(tmp_path):
     assert [row["text"] for row in finetune.read_rows([tmp_path / "a.tsv"])] == ['"Life is" nothing', "b"]
 
 
+def test_columns_with_other_names_are_not_taken_for_data(tmp_path):
+    (tmp_path / "a.tsv").write_text("sentence\tlabel\nb\t1\nc\t0\n", encoding="utf-8")
+    assert finetune.read_rows([tmp_path / "a.tsv"])[0]["sentence"] == "b"
+
+
 def test_a_csv_field_may_be_long(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\n" + "a" * 300_000 + ",x\n", encoding="utf-8")
     assert len(finetune.read_rows([tmp_path / "a.csv"])[0]["text"]) == 300_000
@@ -341,7 +346,7 @@ def test_accumulated_unequal_lengths_give_the_gradient_of_one_batch():
         task = finetune.SFT(settings, ALONE, tokenizer, tiny("gpt"))
         task.train = task.prepare([{"prompt": "a" * n, "completion": "b" * n**2} for n in range(1, 9)])
         batches = task.batches()(0)
-        assert len(batches) > 2 if rows_at_once == 1 else len(batches) == 1
+        assert len(batches) > 2 if rows_at_once == 1 else len(batches) == 1, len(batches)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         mean, count = train.gradients(settings, ALONE, task.net, batches, task.loss, scaler)
         assert count == sum(n**2 + 1 for n in range(1, 9))
@@ -355,6 +360,9 @@ def test_groups_are_of_similar_length_and_fit():
     examples = [{"rows": [(list(range(size)), [])]} for size in (5, 30, 7, 8, 31, 6)]
     sizes = [[finetune.length(e) for e in group] for group in finetune.groups(examples, 32)]
     assert sizes == [[5, 6, 7, 8], [30], [31]]
+    examples = [{"rows": [(list(range(size)), [])]} for size in (5, 9, 40, 41, 300, 290)]
+    sizes = [[finetune.length(e) for e in group] for group in finetune.groups(examples, 9999)]
+    assert sizes == [[5, 9, 40, 41], [290, 300]]                        # 62 of padding are cheaper than one list more
 
 
 # --- adapters ---
