@@ -547,10 +547,6 @@ class Task:
                          f"left of them within --context {self.settings.context}")
         return made
 
-    def sequence(self, row: dict, reply="completion", everything=False):
-        return sequence(self.tokenizer, conversation(row, reply), self.settings.context,
-                        row.get("where", ""), everything)
-
     def parts(self, examples: list[dict]):
         """Yield (examples, their batch on the device), as much at once as fits."""
         for group in groups(examples, self.settings.micro_batch * self.settings.context):
@@ -594,8 +590,12 @@ class SFT(Task):
         return train.cross_entropy(net, hidden[None], batch["targets"][learnt][None])
 
     def example(self, row: dict) -> dict | None:
-        made = self.sequence(row, everything=self.settings.all_tokens)
-        return made and {"rows": [made], "messages": conversation(row)}
+        messages = conversation(row)
+        while messages and messages[-1].get("role") != "assistant":     # a question at the end
+            messages.pop()
+        made = messages and sequence(self.tokenizer, messages, self.settings.context,
+                                     row.get("where", ""), self.settings.all_tokens)
+        return {"rows": [made], "messages": messages} if made else None
 
     def measure(self, net, batch):
         return torch.stack(self.loss(net, batch))
@@ -727,7 +727,8 @@ class DPO(Task):
     """
 
     def example(self, row: dict) -> dict | None:
-        pair = [self.sequence(row, reply) for reply in ("chosen", "rejected")]
+        pair = [sequence(self.tokenizer, conversation(row, reply), self.settings.context,
+                         row.get("where", "")) for reply in ("chosen", "rejected")]
         return {"rows": pair, "row": row, "reference": 0.0} if all(pair) else None
 
     @torch.no_grad()

@@ -244,6 +244,14 @@ def test_the_forms_of_rows_are_read_alike(tokenizer):
         [id for part, _ in finetune.chat_parts(tokenizer, rows) for id in part])
 
 
+def test_a_question_at_the_end_of_a_conversation_is_left_out(tokenizer):
+    task = finetune.SFT(finetune.Settings(context=999), ALONE, tokenizer, tiny("gpt"))
+    whole = conversation("Why?", "So.", "And?")
+    example = task.example({"messages": whole})
+    assert example["messages"] == whole[:2] and example["rows"] == [finetune.sequence(tokenizer, whole[:2], 999)]
+    assert task.example({"messages": whole[:1]}) is None
+
+
 @pytest.mark.parametrize("name, content", [
     ("a.jsonl", '\ufeff{"text": "a, \\"b\\"", "label": "x"}\n\n{"text": "c\\u2028d", "label": "y"}\n'),
     ("a.json", '[{"text": "a, \\"b\\"", "label": "x"}, {"text": "c\\u2028d", "label": "y"}]'),
