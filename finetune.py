@@ -591,7 +591,7 @@ class SFT(Task):
 
     def example(self, row: dict) -> dict | None:
         messages = conversation(row)
-        while messages and messages[-1].get("role") != "assistant":     # a question at the end
+        while messages and messages[-1].get("role") == "user":          # a question at the end
             messages.pop()
         made = messages and sequence(self.tokenizer, messages, self.settings.context,
                                      row.get("where", ""), self.settings.all_tokens)
