@@ -698,7 +698,8 @@ class Classify(Task):
         """Print label, probability and text of each row, one on a line."""
         self.net.eval()
         for row in rows:
-            [(_, batch)] = self.parts([{"rows": [self.row(row)]}])
+            batch = collate([{"rows": [self.row(row)]}], self.settings.context)
+            batch = to_device(batch, self.run.device)
             with self.run.autocast():
                 p, label = self.net(batch["tokens"], batch["length"]).softmax(-1)[0].max(-1)
             print(f"{self.net.labels[label]}\t{p:.3f}\t{' '.join(row['text'].split())}")

@@ -585,7 +585,7 @@ def test_predict_labels_new_text_with_the_saved_head(base, tmp_path, capsys):
     assert measures(out, "accuracy")[1] == 1.0 and measures(out, "majority")[1] == pytest.approx(1 / 3)
     (tmp_path / "new.txt").write_text("abcdx\nhhz\n\nfffy\n")
     capsys.readouterr()
-    finetune.main(["--task", "classify", "--init-from", str(out), "--predict", str(tmp_path / "new.txt"), *QUICK])
+    finetune.main(["--task", "classify", "--init-from", str(out), "--predict", str(tmp_path / "new.txt")])
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line]
     assert [(lines[i][0], lines[i][2]) for i in (0, 1, 3)] == [("x", "abcdx"), ("z", "hhz"), ("y", "fffy")]
     assert all(1 / 3 < float(p) <= 1 for _, p, _ in lines) and len(lines) == 4
