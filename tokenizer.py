@@ -53,6 +53,7 @@ PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 STAND_IN = {byte: chr(byte) for byte in PRINTABLE} | {
     byte: chr(256 + n) for n, byte in enumerate(sorted({*range(256)} - PRINTABLE))}
 BYTE_OF = {char: byte for byte, char in STAND_IN.items()}
+UTF8_BYTES = sorted({*range(0xF5)} - {0xC0, 0xC1})      # that occur in it
 
 
 def clean(text: str) -> str:
@@ -367,6 +368,10 @@ class ByteBPE(Tokenizer):
                  merges=None, ids=None, added=None, nfc=False, files=None):
         self._ranks, self._pattern, self._merges, self._ids = ranks, pattern, merges, ids
         self._added, self._nfc = added or {}, nfc
+        if len({*ranks.values()}) < len(ranks):             # tiktoken would abort at both of these
+            raise ValueError("two tokens of the vocabulary have the same id")
+        if missing := [byte for byte in UTF8_BYTES if bytes([byte]) not in ranks]:
+            raise ValueError(f"the vocabulary has no token for byte {missing[0]}")
         words = sorted(self._added, key=len, reverse=True)  # the longest that begins here wins
         self._find_added = re.compile("|".join(map(re.escape, words))) if words else None
         self._bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks,
@@ -556,20 +561,28 @@ def load_tokenizer(path_or_name, kind: str | None = None) -> Tokenizer:
     folder, file = (path, find_vocabulary(path, kind)) if path.is_dir() else (path.parent, path)
     config = read_json(folder / "tokenizer_config.json")
     model = read_json(folder / "config.json") | read_json(folder / "params.json")
-    if file.name in (*PAIRS, *VOCAB_OF):
-        tokenizer = read_gpt2(file.with_name(VOCAB_OF.get(file.name, file.name)))
-    elif file.suffix == ".json":
-        tokenizer = read_tokenizer_json(file, config, model)
-    elif file.suffix == ".txt":
-        tokenizer = World(file.read_bytes(), file.name)
-    elif re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", file.read_bytes()):
-        tokenizer = read_tiktoken(file, kind or config.get("chat_format"), config, model)
-    else:
-        tokenizer = SentencePiece(file.read_bytes(), file.name)
+    try:
+        tokenizer = read_vocabulary(file, kind, config, model)
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise ValueError(f"{file} is damaged, or in a form that is not known: "
+                         f"{type(error).__name__} {error}") from None
     tokenizer.config = config
     chat = config.get("chat_format", tokenizer.chat_format)
     tokenizer.chat_format = kind if kind in CHAT_FORMATS else chat
     return tokenizer
+
+
+def read_vocabulary(file: Path, kind: str | None, config: dict, model: dict) -> Tokenizer:
+    """The tokenizer of one file, by its name and what it begins with."""
+    if file.name in (*PAIRS, *VOCAB_OF):
+        return read_gpt2(file.with_name(VOCAB_OF.get(file.name, file.name)))
+    if file.suffix == ".json":
+        return read_tokenizer_json(file, config, model)
+    if file.suffix == ".txt":
+        return World(file.read_bytes(), file.name)
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", file.read_bytes()):
+        return read_tiktoken(file, kind or config.get("chat_format"), config, model)
+    return SentencePiece(file.read_bytes(), file.name)
 
 
 def read_json(path: Path) -> dict:
