@@ -83,6 +83,14 @@ def test_transformers_opens_a_run_directory_to_the_same_logits_and_ids(finished)
     assert transformers.AutoTokenizer.from_pretrained(finished).encode(text) == ids
 
 
+def test_what_a_terminal_cannot_show_is_no_crash(finished, corpus, tmp_path):
+    done = run("gpt.py", finished, "--prompt", "é", "--max-new-tokens", "3", "--device", "cpu", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
+    done = run("train.py", *SMALL, "--steps", "1", "--data", corpus, "--sample-prompt", "é", "--out", tmp_path / "run",
+               PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "--- sample ---\n?" in done.stdout, done.stderr
+
+
 def test_the_loss_falls(corpus, tmp_path):
     losses = list(events(start(corpus, tmp_path / "run", "--steps", 60), "loss").values())
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
