@@ -240,6 +240,7 @@ class Attention(nn.Module):
         if cache is not None:
             k = remember(cache[0], positions, k)                        # (B, M, K, D)
             v = remember(cache[1], positions, v)
+        # --- attend: the same in glm4.py (tests/test_same.py) ---
         k, v = k.transpose(1, 2), v.transpose(1, 2)                     # (B, K, T or M, D)
         if T == 1:                           # heads that share a key are rows of one query: with
             q = q.view(B, self.kv_heads, -1, q.shape[-1])   # enable_gqa, bf16 is 10x slower on CPUs
@@ -249,6 +250,7 @@ class Attention(nn.Module):
                 q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None,
                 enable_gqa=self.heads != self.kv_heads).transpose(1, 2)         # (B, T, H, D)
         return self.o_proj(y.reshape(B, T, -1))
+        # --- end of attend ---
 
 
 class MLP(nn.Module):

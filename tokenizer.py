@@ -53,7 +53,7 @@ PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 STAND_IN = {byte: chr(byte) for byte in PRINTABLE} | {
     byte: chr(256 + n) for n, byte in enumerate(sorted({*range(256)} - PRINTABLE))}
 BYTE_OF = {char: byte for byte, char in STAND_IN.items()}
-UTF8_BYTES = sorted({*range(0xF5)} - {0xC0, 0xC1})      # that occur in it
+UTF8_BYTES = sorted({*range(0xF5)} - {0xC0, 0xC1})      # UTF-8 has no others
 
 
 def clean(text: str) -> str:

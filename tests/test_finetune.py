@@ -219,6 +219,21 @@ def test_a_reply_that_is_cut_still_ends(tokenizer, form):
     assert cut >= 26 and found is None       # nothing is left but the prompt
 
 
+@pytest.mark.parametrize("folder, kind, end", [
+    ("llama3", "llama3", "<|eot_id|>"), ("llama3", "llama3.1", "<|eot_id|>"), ("chatglm3", None, "<|user|>"), ("rwkv", None, "\n\n")])
+def test_a_cut_reply_ends_in_the_format_of_the_model(folder, kind, end, assets):
+    if folder == "chatglm3":
+        pytest.importorskip("sentencepiece")
+    tokenizer = text.load_tokenizer(assets / folder, kind)
+    messages = conversation("Hi there", "Hello! A long reply with many words, until it is cut in the middle.")
+    whole = finetune.sequence(tokenizer, messages, 999)
+    for limit in (len(whole[0]), len(whole[0]) - 6):
+        inputs, targets = finetune.sequence(tokenizer, messages, limit)
+        learnt = [id for id in targets if id != -100]
+        assert len(inputs) == limit and tokenizer.decode(learnt).strip(" \n").startswith("Hello! A long reply")
+        assert tokenizer.decode(learnt).endswith(end) and targets[-1] in tokenizer.stop_ids
+
+
 def test_a_question_whose_answer_is_cut_off_goes_too(tokenizer):
     one = finetune.sequence(tokenizer, conversation("Why?", "So."), 999)
     two = conversation("Why?", "So.", "And then, what else?", "Then.")

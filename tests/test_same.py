@@ -30,6 +30,11 @@ def test_marked_blocks_are_the_same_text_in_every_model_file(root, name):
     assert len(block(root, first, name)) > 500
 
 
+def test_llama_and_glm_attend_in_the_same_lines(root):
+    text = block(root, "llama3.py", "attend")
+    assert text == block(root, "glm4.py", "attend") and "scaled_dot_product_attention" in text
+
+
 def test_model_files_import_only_the_standard_library_and_torch(root):
     allowed = set(sys.stdlib_module_names) | {"torch"}
     for file in files(root):
