@@ -1,6 +1,7 @@
-"""Use a model: talk with it, or have it answer a file of prompts.
+"""Use a model: talk with it, give it one prompt, or have it answer a file of prompts.
 
     python chat.py out/gpt                       a run of train.py or finetune.py, or any checkpoint
+    python chat.py out/gpt --prompt "def "       one text, continued or answered
     python chat.py DIR --input prompts.jsonl --output answers.jsonl
 
 It converses if the folder says that the model can, else it completes text, and it says which and
@@ -20,8 +21,8 @@ from pathlib import Path
 import torch
 
 import tokenizer as text
-from train import (Parser, choose_device, complain, is_out_of_memory, load_checkpoint, locate,
-                   show_any_text)
+from train import (Parser, choose_device, complain, eos_tokens, is_out_of_memory, load_checkpoint,
+                   locate, readable, show_any_text)
 
 HELP = """\
 /help          this text
@@ -48,6 +49,7 @@ def parse(argv: list[str] | None):
     add("weights", metavar="DIR", help="a checkpoint: folder or file")
     add("--chat", choices=(*text.CHAT_FORMATS, "none"), help="converse so; none: complete text")
     add("--system", metavar="TEXT", help="system message of conversations")
+    add("--prompt", metavar="TEXT", help="answer or continue this text, and end")
     add("--input", type=Path, metavar="FILE.jsonl",
         help='answer these: lines {"prompt": ...} or {"messages": [...]}')
     add("--output", type=Path, metavar="FILE.jsonl",
@@ -66,6 +68,7 @@ def parse(argv: list[str] | None):
     args = parser.parse_args(argv)
     for wrong, message in (
             ((args.input is None) != (args.output is None), "--input and --output go together"),
+            (args.input and args.prompt is not None, "--prompt and --input: give one of them"),
             (args.batch_size < 1, f"--batch-size {args.batch_size}: at least 1"),
             (args.max_new_tokens < 1, f"--max-new-tokens {args.max_new_tokens}: at least 1"),
             (not 0 <= (args.temperature or 0) < float("inf"),
@@ -171,8 +174,7 @@ def between_tokens():
 def moved(model, old, size: int):
     """A state of `model` for `size` ids that remembers what `old` does."""
     new = model.new_state(1, size)
-    for name, tensor in new.tensors().items():
-        part = getattr(old, name)
+    for part, tensor in zip(old, new):
         if part.dim() != tensor.dim() or any(a > b for a, b in zip(part.shape, tensor.shape)):
             raise ValueError("this memory is of a model of another size")
         tensor[tuple(map(slice, part.shape))] = part.to(tensor)
@@ -191,7 +193,8 @@ class Conversation:
         self.model, self.tokenizer = model, tokenizer
         self.sampling, self.max_new_tokens, self.seed = sampling, max_new_tokens, seed
         self.format, self.context = tokenizer.chat_format, model.config.context
-        self.stops = {*tokenizer.stop_ids, *model.config.eos_ids}
+        self.times = []                      # when each token of the last answer was drawn
+        self.stops = {*tokenizer.stop_ids, *eos_tokens(model.config)}
         if self.format:                      # the id that ends a reply
             silence = [{"role": role, "content": ""} for role in ("user", "assistant")]
             self.end = tokenizer.chat_parts(silence)[-1][0][-1:]
@@ -279,7 +282,7 @@ class Conversation:
         size = size if self.context is None else min(size, self.context)
         if self.state is None or len(ids) == len(self.seen) or ids[:len(self.seen)] != self.seen:
             return self.model.new_state(1, size)
-        return self.state if (self.state.max_tokens or need) >= need else moved(
+        return self.state if self.state.capacity >= need else moved(
             self.model, self.state, size)
 
     def answer(self, message: str | None, show) -> str | None:
@@ -306,12 +309,13 @@ class Conversation:
 
     def draw(self, ids: list[int], limit: int, state, show):
         """(ids drawn, why they were cut short or None, whether the state is whole)."""
-        drawn, reply, decoder = [], "", self.tokenizer.stream_decoder()
+        drawn, reply, decoder, self.times = [], "", self.tokenizer.stream_decoder(), []
         seed = None if self.seed is None else self.seed + len(self.messages)
 
         def hear(row, id):
             nonlocal reply
             drawn.append(id)
+            self.times.append(time.perf_counter())
             reply += "" if self.is_silent(id) else decoder.feed(id)
             show(self.visible(reply))
             if asked or self.format == "world" and "\n\n" in reply:     # of two tokens, perhaps
@@ -330,7 +334,7 @@ class Conversation:
                        f"the context of {self.context} tokens is full"), True
 
     def save(self, path: Path) -> None:
-        """Write messages and memory to one new safetensors file, which State.load opens too."""
+        """Write messages and memory to one new safetensors file."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
         if path.exists():
@@ -340,7 +344,7 @@ class Conversation:
                  "messages": self.messages, "seen": self.seen}
         part = f"{path}.part"
         try:
-            save_file({name: tensor.contiguous() for name, tensor in state.tensors().items()}, part,
+            save_file({name: tensor.contiguous() for name, tensor in state._asdict().items()}, part,
                       {"format": "pt", "conversation": json.dumps(about)})
         except SafetensorError as error:     # no OSError, even where the disk is full
             raise OSError(f"cannot save {path}: {error}") from None
@@ -349,6 +353,7 @@ class Conversation:
     def load(self, path: Path) -> None:
         """Go on with what `save` wrote; ValueError or OSError if that fails, nothing changed."""
         from safetensors import SafetensorError, safe_open
+        from safetensors.torch import load_file
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         try:
@@ -358,16 +363,23 @@ class Conversation:
             known = range(self.model.config.vocab_size)
             whole = all(type(id) is int and id in known
                         for ids in (seen, *(m.get("ids", ()) for m in messages)) for id in ids)
+            old = "eos_ids=" in about["model"]
             same = (about["model"], about["format"]) == (repr(self.model.config), self.format)
         except (SafetensorError, KeyError, TypeError, AttributeError, ValueError):
             raise ValueError(f"{path} is no conversation that /save wrote") from None
+        if old:
+            raise ValueError(f"{path} was saved by an earlier version, which named its model's "
+                             "config otherwise: it cannot be compared with this model")
         if not same:
             raise ValueError(f"{path} was saved with another model or chat format")
-        state = type(self.model.new_state(1, 1)).load(path)
-        if not whole or state.position.tolist() != [len(seen)]:
+        kind = type(self.model.new_state(1, 1))
+        with readable(path):
+            tensors = load_file(path)
+        whole = whole and {*tensors} == {*kind._fields}
+        if not whole or tensors["position"].tolist() != [len(seen)]:
             raise ValueError(f"{path} is damaged: its ids do not belong to its memory")
         self.render(messages or [{"role": "user", "content": ""}])      # ValueError if it cannot be
-        self.state = moved(self.model, state, state.max_tokens or 1)
+        self.state = moved(self.model, kind(**tensors), kind(**tensors).capacity)
         self.messages, self.seen = messages, seen
 
 # ------------------------------------------------------------------------------------------ typing
@@ -422,6 +434,17 @@ def turn(conversation: Conversation, message: str | None) -> None:
     print(flush=True)
     if cut:
         say(f"[{cut}]")
+
+
+def answer_one(conversation: Conversation, prompt: str) -> None:
+    """Answer or continue one text, and say how fast that was. A continued text is shown whole."""
+    if conversation.format is None:
+        prompt = prompt.rstrip(" ")          # in byte-level BPE the space belongs to the next word
+        print(prompt, end="", flush=True)
+    turn(conversation, prompt)
+    times = conversation.times
+    speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+    say(f"[{len(times)} tokens, {speed:.1f} tokens/s]")
 
 
 def talk(conversation: Conversation) -> None:
@@ -538,7 +561,9 @@ def main(argv: list[str] | None = None) -> None:
     show_any_text()
     try:
         conversation = open_conversation(args)
-        if args.input:
+        if args.prompt is not None:
+            answer_one(conversation, args.prompt)
+        elif args.input:
             answer_file(args.input, args.output, args.batch_size, conversation)
         else:
             talk(conversation)

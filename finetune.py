@@ -52,7 +52,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tokenizer as text
 import train
-from gpt import read_json, read_tensors
+from train import read_json
 from train import flag, next_token_loss, to_device
 
 # ---------------------------------------------------------------------------------------- settings
@@ -441,8 +441,13 @@ def put_adapter(model, name: str, rank: int, scale: float) -> None:
 
 
 def add_lora(model, settings: Settings) -> None:
-    """Give every matrix that --lora-targets means an adapter; only adapters learn."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    """Give every matrix that --lora-targets means an adapter; only adapters learn.
+
+    Not a tied head: its weight is the token table's.
+    """
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)
+             and not any(module.weight is table for table in tables)]
     try:
         meant = [name for name in names if re.search(settings.lora_targets, name)]
     except re.error as error:
@@ -475,6 +480,12 @@ def merged(model):
     with torch.device("meta"):                                          # shapes, no memory
         plain = type(model)(model.config)
     plain.load_state_dict(tensors, strict=True, assign=True)
+    first = {}                               # what is tied in one is tied in the other
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), name)
+        if owner != name:
+            parent, _, leaf = name.rpartition(".")
+            setattr(plain.get_submodule(parent), leaf, plain.get_parameter(owner))
     return plain.eval()
 
 
@@ -507,7 +518,9 @@ def load_adapter(folder: Path, model) -> None:
                         ("alpha_pattern", {})):
         if (stated.get(name) or plain) != plain:
             raise ValueError(f"{folder}: {name} is {stated[name]!r}, only {plain!r} is supported")
-    tensors = dict(read_tensors(folder / "adapter_model.safetensors"))
+    from safetensors.torch import load_file
+    with train.readable(folder):
+        tensors = load_file(folder / "adapter_model.safetensors")
     for key in sorted(tensors):              # A before B
         name, _, part = key.removeprefix(prefix).rpartition(".lora_")
         module = dict(model.named_modules()).get(name)
@@ -537,7 +550,7 @@ class Task:
     def __init__(self, settings: Settings, run: train.Run, tokenizer, model):
         self.settings, self.run, self.tokenizer, self.model = settings, run, tokenizer, model
         self.net, self.train, self.val, self.config = model, [], [], model.config
-        self.stop = {*tokenizer.stop_ids, *model.config.eos_ids}
+        self.stop = {*tokenizer.stop_ids, *train.eos_tokens(model.config)}
 
     def prepare(self, rows: list[dict]) -> list[dict]:
         """Examples of rows; those of which cutting leaves nothing are left out."""
@@ -637,9 +650,10 @@ class Classifier(nn.Module):
         rows = torch.arange(len(tokens), device=tokens.device)
         return self.head(self.model.hidden(tokens)[rows, length - 1]).float()
 
-    def parameter_groups(self) -> list[dict]:
-        head = {"params": [*self.head.parameters()], "lr_scale": 1.0, "decay": False}
-        return [*self.model.parameter_groups(), head]
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        head = {"params": [*self.head.parameters()], "weight_decay": 0.0, "lr_scale": 1.0,
+                "hidden_matrix": False}
+        return [*self.model.parameter_groups(weight_decay), head]
 
 
 class Classify(Task):
@@ -988,8 +1002,8 @@ def fill_defaults(settings: Settings, tokenizer, model) -> None:
     if settings.task != "classify":          # nothing is said there
         tokenizer.chat_format = None if settings.chat == "none" else settings.chat
         if settings.chat != "world":         # there, a blank line ends a reply
-            stops = sorted({*model.config.eos_ids, *ending(tokenizer)})
-            model.config = dataclasses.replace(model.config, eos_ids=tuple(stops))
+            stops = sorted({*train.eos_tokens(model.config), *ending(tokenizer)})
+            model.config = dataclasses.replace(model.config, eos_token_id=stops)
 
 
 def read_head(folder: Path) -> tuple[list[str], dict]:

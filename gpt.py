@@ -445,23 +445,27 @@ def read_tensors(path: Path):
         kinds = ("model.safetensors.index.json", "model.safetensors",
                  "pytorch_model.bin.index.json", "pytorch_model.bin")
         path = next((path / kind for kind in kinds if (path / kind).exists()), path / kinds[1])
-    files = [path]
+    files = {path: None}                     # file -> the names to read from it; None: all
     if path.name.endswith(".index.json"):    # the index decides which files belong together
         whole = path.with_name(path.name.removesuffix(".index.json"))
-        names = {*json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
-        if any(Path(name).name != name or "\\" in name for name in names):
-            raise ValueError(f"{path} names files that are not beside it: {sorted(names)}")
-        if whole.exists() and whole.name not in names:
+        files, places = {}, json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        for name, file in places.items():
+            if Path(file).name != file or "\\" in file:
+                raise ValueError(f"{path} puts {name} into {file}, which is not a file beside it")
+            files.setdefault(path.parent / file, []).append(name)
+        if whole.exists() and whole not in files:
             raise ValueError(f"{whole} and an index of other files: remove the older save")
-        files = [path.parent / name for name in sorted(names)]
-    for file in files:
+    for file, names in files.items():
         if file.suffix == ".safetensors":
             from safetensors import safe_open
             with safe_open(file, framework="pt") as content:
-                yield from ((name, content.get_tensor(name)) for name in content.keys())
+                for name in names or content.keys():
+                    yield name, content.get_tensor(name)
         else:                                # a pickle; torch before 1.6 wrote it without a zip
-            yield from torch.load(file, map_location="cpu", weights_only=True,
-                                  mmap=zipfile.is_zipfile(file)).items()
+            content = torch.load(file, map_location="cpu", weights_only=True,
+                                 mmap=zipfile.is_zipfile(file))
+            for name in names or content:
+                yield name, content[name]
 # --- end of read_tensors ---
 
 

@@ -1,7 +1,7 @@
 """Train any model of this project: `python train.py` works on any machine, offline, on real text.
 
 With no argument it reads the source of Python's standard library, trains a tokenizer on it and a
-small GPT, shows what it does, and leaves a run directory (out/gpt) that `python gpt.py out/gpt`
+small GPT, shows what it does, and leaves a run directory (out/gpt) that `python chat.py out/gpt`
 talks to and transformers opens. Every setting is a flag: see `python train.py --help`.
 
 From the top: settings; models; this process; data; loss; memory; the loop, `fit`; the run
@@ -23,14 +23,17 @@ import json
 import lzma
 import math
 import os
+import pickle
 import re
 import signal
 import statistics
+import struct
 import sys
 import sysconfig
 import tempfile
 import time
 import typing
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +44,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import tokenizer as text
-from gpt import read_json, read_pickle, read_tensors
 
 STARTED = time.time()
 
@@ -195,6 +197,42 @@ def model_parts(name: str):
     return getattr(module, class_name), getattr(module, class_name + "Config"), module.SIZES
 
 
+RWKVS = (                                    # the first whose pattern a name and a shape match
+    (r"att\.(k_k|x_r) ", "an RWKV-7"),
+    (r"att\.time_maa_rkvw_w1 ", "a variant of RWKV-6, x060b or x060c"),
+    (r"att\.gate_w1 ", "a variant of RWKV-6, x060a"),
+    (r"\.ffnPre\.", "an RWKV whose first block has ffnPre"),
+    (r"\.tiny_|att\.qq\.", "an RWKV with attention beside its time mixing (tiny_ or att.qq)"),
+    (r"\.pos_emb_", "an RWKV for images, with pos_emb"),
+    (r"\.attention\.time_", "an RWKV in the Hugging Face layout"),
+    (r"att\.time_maa_x ", "rwkv6"),
+    (r"att\.ln_x\.weight ", "rwkv5"),
+    (r"att\.time_mix \(", "rwkv2"),
+    (r"att\.time_decay \(\d+, 1\)", "rwkv3"),
+    (r"att\.time_decay ", "rwkv4"),
+)
+
+
+def identify_rwkv(path: Path) -> str:
+    """Which RWKV is in a .pth, or in a folder with one: the names and shapes of its tensors tell."""
+    files = sorted(path.glob("*.pth")) if path.is_dir() else [path]
+    if len(files) > 1:
+        raise ValueError(f"{path} holds several models, {', '.join(file.name for file in files)}: "
+                         "give the path of one")
+    if not files:
+        raise FileNotFoundError(f"{path} has no config.json that names a model of ours, nor a .pth")
+    tensors = read_pickle(files[0])
+    lines = [f"{name} {tuple(getattr(tensor, 'shape', ()))}" for name, tensor in tensors.items()]
+    found = next((what for pattern, what in RWKVS
+                  if any(re.search(pattern, line) for line in lines)),
+                 f"no model of ours: it holds {', '.join(lines[:3])}")
+    if found in ("rwkv4", "rwkv5", "rwkv6") and "head_q.weight" in tensors:
+        found = f"an {found.upper()} with headQK, which only RWKV-2 and RWKV-3 have"
+    if found not in MODELS:
+        raise ValueError(f"{path} is {found}; RWKV-2 to RWKV-6 are supported")
+    return found
+
+
 def identify(path: Path) -> str:
     """Which of our models a checkpoint is: its config tells, or the names of its tensors."""
     if not path.exists():
@@ -207,21 +245,18 @@ def identify(path: Path) -> str:
         return "gpt"
     if (folder / "params.json").exists() and not (folder / "config.json").exists():
         return "llama3"
+    stated = None
     if (folder / "config.json").exists() and path.suffix != ".pth":
         stated = read_json(folder / "config.json").get("model_type")
         if stated not in MODEL_TYPES:
             raise ValueError(f"{folder}/config.json is of model_type {stated!r}, none of "
                              + ", ".join(MODEL_TYPES))
-        return MODEL_TYPES[stated]
-    shapes = {re.sub(r".*blocks\.\d+\.", "", name): tuple(tensor.shape)
-              for name, tensor in read_tensors(path)}
-    for name, key in (("rwkv6", "att.time_maa_x"), ("rwkv5", "att.ln_x.weight"),
-                      ("rwkv2", "att.time_mix")):
-        if key in shapes:
-            return name
-    if "att.time_mix_k" in shapes:
-        return "rwkv3" if len(shapes.get("att.time_decay", ())) == 2 else "rwkv4"
-    raise ValueError(f"{path}: neither a config.json nor its tensors tell a model of ours")
+        if not stated.startswith("rwkv"):
+            return MODEL_TYPES[stated]
+    found = identify_rwkv(path)
+    if stated not in (None, found):
+        raise ValueError(f"{path} is {found}, but its config.json has model_type {stated!r}")
+    return found
 
 
 def locate(path: str | Path) -> Path:
@@ -235,9 +270,105 @@ def locate(path: str | Path) -> Path:
 
 
 def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrides):
-    """The model in a checkpoint, whichever of ours it is: a folder, a file or a repository's id."""
+    """The model in a checkpoint, whichever of ours it is: a folder, a file or a repository's id.
+
+    overrides: config fields that the file states wrongly. Whatever is wrong with the checkpoint is
+    a ValueError or OSError of one line; running out of memory passes.
+    """
     path = locate(path)
-    return model_parts(identify(path))[0].from_pretrained(path, device, dtype, **overrides)
+    with readable(path):
+        model_class, config_class, _ = model_parts(identify(path))
+        folder = path if path.is_dir() else path.parent
+        if (folder / "config.json").exists():
+            check_fields(config_class, read_json(folder / "config.json"), folder / "config.json")
+        unknown = set(overrides) - {spec.name for spec in dataclasses.fields(config_class)}
+        if unknown:
+            raise ValueError(f"{config_class.__name__} has no field {', '.join(sorted(unknown))}")
+        check_fields(config_class, overrides, config_class.__name__)
+        return model_class.from_pretrained(path, device, dtype, **overrides)
+
+
+@contextlib.contextmanager
+def readable(path: Path):
+    """Turns what reading a damaged or foreign file raises into one line; the cause is chained.
+
+    It translates the exceptions that torch.load, safetensors, json and our loaders are known to
+    raise for such files, and no others: a fault of ours should not read as a damaged file.
+    """
+    damage = [OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
+              ArithmeticError, AssertionError, pickle.UnpicklingError, struct.error,
+              zipfile.BadZipFile]
+    with contextlib.suppress(ImportError):
+        from safetensors import SafetensorError
+        damage.append(SafetensorError)
+    try:
+        yield
+    except tuple(damage) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        reason = re.sub(r"\x1b\[[\d;]*m", "", " ".join(str(error).split()))[:300]
+        pointers = [file for file in ([path] if path.is_file() else sorted(path.glob("*.*")))
+                    if is_pointer(file)]
+        if pointers:
+            reason = f"{pointers[0]} is a pointer to the weights: run `git lfs pull` to get them"
+        elif isinstance(error, OSError) and error.filename:
+            reason = f"{error.filename}: {error.strerror}"
+        elif "loading state_dict" in reason:
+            reason = f"{path} does not fit its config: {reason}"
+        elif type(error) is KeyError:
+            reason = f"{path} lacks {reason}, or is of another kind"
+        elif type(error) not in (ValueError, FileNotFoundError):
+            reason = f"{path} is damaged, or no file of tensors ({type(error).__name__}: {reason})"
+        elif str(path) not in reason:
+            reason = f"{path}: {reason}"
+        raise (type(error) if type(error) is FileNotFoundError else ValueError)(reason) from error
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether git-lfs left a pointer where the file should be."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(9) == b"version h"
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError or OSError of one line."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def read_pickle(path: Path) -> dict:
+    """The dict in a file of torch.save, mapped into memory; nothing in it is executed."""
+    with readable(path):
+        content = torch.load(path, map_location="cpu", weights_only=True,
+                             mmap=zipfile.is_zipfile(path))             # no zip before torch 1.6
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+        return content
+
+
+def check_fields(config_class: type, values: dict, where) -> None:
+    """ValueError that names the first value which its config field cannot hold; None may be."""
+    types = typing.get_type_hints(config_class)
+    for name, value in values.items():
+        kinds = typing.get_args(types.get(name)) or (types.get(name),)
+        kinds = {typing.get_origin(kind) or kind for kind in kinds}     # list[int]: list
+        fits = type(value) in kinds or (float in kinds and type(value) is int)
+        if name in types and value is not None and not fits:
+            wanted = " or ".join(sorted(kind.__name__ for kind in kinds - {type(None)}))
+            raise ValueError(f"{where}: {name} is {value!r}, but it takes {wanted}")
+
+
+def eos_tokens(config) -> list[int]:
+    """The config's eos_token_id, which may be an int, a list or None, as a list."""
+    stated = config.eos_token_id
+    return stated if isinstance(stated, list) else [] if stated is None else [stated]
 
 
 def config_values(config_class: type, assignments: list[str]) -> dict:
@@ -255,7 +386,8 @@ def config_values(config_class: type, assignments: list[str]) -> dict:
             value = json.loads(value)
         except ValueError:
             pass
-        values[name] = tuple(value) if isinstance(value, list) else value
+        values[name] = value
+    check_fields(config_class, values, "--config")
     return values
 
 
@@ -272,8 +404,8 @@ def open_model(settings: Settings, tokenizer):
         config = sizes[settings.size] if settings.size else config_class.sized(
             settings.layers, settings.width, tokenizer.vocab_size, settings.context)
         config = dataclasses.replace(config, **{
-            "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
-            "eos_ids": (tokenizer.end_id,), "pad_id": None, **values})
+            "vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.end_id, "pad_token_id": None, **values})
     if config.vocab_size < tokenizer.vocab_size:
         raise ValueError(f"the model has {config.vocab_size} ids, the tokenizer "
                          f"{tokenizer.vocab_size}: it needs its own tokenizer")
@@ -555,8 +687,9 @@ def piece_loss(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tens
     """
     logits = model.logits(hidden[None])[0].float()                      # (n, V)
     loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
-    if model.L2WRAP and model.training:
-        pull = 0.5 * model.L2WRAP * (logits.amax(-1).square() * (targets != -100)).sum()
+    penalty = getattr(model, "L2WRAP", 0.0)
+    if penalty and model.training:
+        pull = 0.5 * penalty * (logits.amax(-1).square() * (targets != -100)).sum()
         loss = loss + pull - pull.detach()
     return loss
 
@@ -691,9 +824,7 @@ def checkpoint_blocks(model) -> None:
 
 def make_optimizer(settings: Settings, model) -> torch.optim.Optimizer:
     """AdamW over the model's own groups and constants; fused where the device has it."""
-    groups = [{"params": group["params"], "lr_scale": group["lr_scale"],
-               "weight_decay": settings.weight_decay if group["decay"] else 0.0}
-              for group in model.parameter_groups() if group["params"]]
+    groups = [group for group in model.parameter_groups(settings.weight_decay) if group["params"]]
     try:
         return torch.optim.AdamW(groups, lr=0.0, **model.OPTIMIZER, fused=True)
     except RuntimeError:
@@ -893,8 +1024,8 @@ def publish(model, tokenizer, settings: Settings, out: Path) -> None:
     model.save_pretrained(out)
     tokenizer.save(out, model_max_length=model.config.context)
     write_text(out / "generation_config.json", json.dumps(
-        {"bos_token_id": model.config.bos_id, "eos_token_id": list(model.config.eos_ids) or None,
-         "pad_token_id": model.config.pad_id, "do_sample": True, "temperature": 0.8},
+        {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id,
+         "pad_token_id": model.config.pad_token_id, "do_sample": True, "temperature": 0.8},
         indent=2) + "\n")
     write_settings(settings, out)
     draw_log(out)
@@ -920,7 +1051,11 @@ def load_resume(out: Path) -> dict:
     """What save_resume wrote; ValueError or OSError of one line."""
     if not (out / "resume.pt").exists():
         raise FileNotFoundError(f"--resume {out}: no resume.pt there, nothing was saved yet")
-    return read_pickle(out / "resume.pt")
+    saved = read_pickle(out / "resume.pt")
+    if "eos_token_id" not in saved.get("config", {}):
+        raise ValueError(f"{out}/resume.pt was written by an earlier version, whose optimiser had "
+                         f"other groups: train on from its weights with --init-from {out}")
+    return saved
 
 
 def resume_settings(kind: type, saved: dict, asked: Settings, given: set[str], out: Path,
@@ -1127,11 +1262,9 @@ def finish(settings: Settings, run: Run, measures: dict) -> None:
         run.say(curve([*losses.values()]))
     run.say(f"\n{measures['bits_per_byte']:.3f} bits per byte of the held-out text; gzip -9 needs "
             f"{measures['gzip']:.3f}, xz -9e {measures['xz']:.3f}")
-    module = MODELS[settings.model][0]
-    command = f"python {module}.py" if "." not in module else f"python -m {module}"
     run.say(f"{clock(time.time() - STARTED)} in all, peak memory "
             f"{peak_bytes(run.device) / 2**30:.2f} GB. Talk to it:\n"
-            f"{command} {run.out} --prompt \"def \"")
+            f"python chat.py {run.out} --prompt \"def \"")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,9 +5,11 @@
 Its state has no limit, its optimiser settings are unusual, and its loss has the L2Wrap of RWKV.
 """
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +22,9 @@ class ToyConfig:
     vocab_size: int = 64
     width: int = 16
     layers: int = 2
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-    pad_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
     context = None
 
     @classmethod
@@ -30,13 +32,10 @@ class ToyConfig:
         return cls(vocab_size, width, layers)
 
 
-@dataclass
-class State:
+class State(NamedTuple):
     position: Tensor                         # (B,) int64
     memory: Tensor                           # (B, L, C) fp32
-    max_tokens = None
-    tensors, rows, clone = gpt.State.tensors, gpt.State.rows, gpt.State.clone
-    save, load = gpt.State.save, classmethod(gpt.State.load.__func__)
+    capacity = math.inf
 
 
 class Toy(nn.Module):
@@ -68,18 +67,20 @@ class Toy(nn.Module):
                 past.append(memory)
             scratch.memory[:, i] = memory.detach()
             x = x + outward(torch.stack(past, 1).tanh())
-        scratch.position += tokens.shape[1]
+        scratch.position.add_(tokens.shape[1])
         return x
 
-    def logits(self, hidden, state=None):
+    def logits(self, hidden):
         return self.head(hidden)
 
-    def forward(self, tokens, state=None):
-        return self.logits(self.hidden(tokens, state), state)
+    def forward(self, tokens, state=None, last=False):
+        hidden = self.hidden(tokens, state)
+        return self.head(hidden[:, -1:] if last else hidden)
 
-    def parameter_groups(self):
-        return [{"params": [p for n, p in self.named_parameters() if n != "decay"], "lr_scale": 1.0, "decay": True},
-                {"params": [self.decay], "lr_scale": 2.0, "decay": False}]
+    def parameter_groups(self, weight_decay):
+        return [dict(params=[p for n, p in self.named_parameters() if n != "decay"],
+                     weight_decay=weight_decay, lr_scale=1.0, hidden_matrix=False),
+                dict(params=[self.decay], weight_decay=0.0, lr_scale=2.0, hidden_matrix=False)]
 
     def save_pretrained(self, directory):
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -89,10 +90,10 @@ class Toy(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=None, **overrides):
-        stated = gpt.read_json(Path(path) / "config.json")
+        stated = json.loads((Path(path) / "config.json").read_text())
         stated.pop("model_type")
-        model = cls(replace(ToyConfig(**{**stated, "eos_ids": tuple(stated["eos_ids"])}), **overrides))
-        model.load_state_dict(dict(gpt.read_tensors(path)), strict=True)
+        model = cls(replace(ToyConfig(**stated), **overrides))
+        model.load_state_dict(torch.load(Path(path) / "model.pth"), strict=True)
         return model.to(device, dtype).eval()
 
 
