@@ -214,7 +214,7 @@ RWKVS = (                                    # the first whose pattern a name an
 
 
 def identify_rwkv(path: Path) -> str:
-    """Which RWKV is in a .pth, or in a folder with one: the names and shapes of its tensors tell."""
+    """Which RWKV a .pth holds, or the one in a folder: names and shapes of its tensors tell."""
     files = sorted(path.glob("*.pth")) if path.is_dir() else [path]
     if len(files) > 1:
         raise ValueError(f"{path} holds several models, {', '.join(file.name for file in files)}: "

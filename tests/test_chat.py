@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import ROOT, assert_one_line_error, continuation, run
+from safetensors.torch import save_file
 
 import chat
 from glm4 import GLM4, GLM4Config
@@ -133,7 +134,7 @@ def check_memory(conversation):
     again = model.new_state(1, max(len(seen), 1) if conversation.context is None else CONTEXT)
     with torch.no_grad():
         model.hidden(torch.tensor([seen]), again)
-        after = [model(torch.tensor([[5]]), state.clone())
+        after = [model(torch.tensor([[5]]), state._make(map(torch.clone, state)))
                  for state in (again, chat.moved(model, conversation.state, CONTEXT))]
     assert torch.allclose(*after, rtol=1e-3, atol=1e-3)
 
@@ -257,7 +258,7 @@ def test_the_memory_of_attention_grows_with_the_conversation(folders):
     conversation, sizes = start(folders["llama3"]), []
     for question in QUESTIONS * 2:
         ask(conversation, question)
-        sizes.append(conversation.state.max_tokens)
+        sizes.append(conversation.state.capacity)
     assert sizes[0] < sizes[-1] <= CONTEXT and sizes == sorted(sizes)
     check_memory(conversation)
 
@@ -284,7 +285,7 @@ def test_stop_ids_are_the_tokenizers_and_the_configs(folders, tmp_path):
     assert len(conversation.stops) == 3
     tokenizer = load_tokenizer(folders["llama3"])
     model = make_model("llama3", tokenizer.vocab_size)
-    model.config = replace(model.config, eos_ids=(7,))
+    model.config = replace(model.config, eos_token_id=7)
     model.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
@@ -460,7 +461,7 @@ def test_files_that_cannot_be_saved_or_loaded_are_refused_and_nothing_changes(
     assert saved.read_bytes() == before
     (tmp_path / "cut").write_bytes(before[:-100])
     (tmp_path / "text").write_text("no tensors")
-    conversation.state.save(tmp_path / "state")
+    save_file(conversation.state._asdict(), tmp_path / "state")
     for name in ("cut", "text", "state"):
         with pytest.raises(ValueError, match="is no conversation that /save wrote"):
             conversation.load(tmp_path / name)

@@ -411,7 +411,7 @@ def test_lora_changes_nothing_at_first_and_merges_to_the_same(name, tmp_path):
     linears = [n for n, m in plain.named_modules() if isinstance(m, nn.Linear) and ".0." in n or ".1." in n
                and isinstance(m, nn.Linear)]
     assert names == {f"{n}.lora_{part}" for n in linears for part in "AB"} and len(linears) >= 8
-    grouped = [p for group in model.parameter_groups() for p in group["params"]]
+    grouped = [p for group in model.parameter_groups(0.1) for p in group["params"]]
     assert len(grouped) == len({id(p) for p in grouped}) == len(list(model.parameters()))
     draw_adapters(model)
     expected = model(tokens)

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from train import Batches, Run
 
-from gpt import GPT, Attention, GPTConfig, probabilities, remember
+from gpt import GPT, Attention, GPTConfig, probabilities, append
 
 RUN = Run(torch.device("cpu"), torch.float32)
 
@@ -44,7 +44,7 @@ def one_by_one(x, layer):
     """What gpt.py's attention computes, written with a loop over heads and a softmax to read."""
     T, C = x.shape
     q, k, v = layer.c_attn(x).split(C, dim=1)
-    heads, D = [], layer.head_size
+    heads, D = [], C // layer.heads
     for h in range(layer.heads):
         part = slice(h * D, (h + 1) * D)
         scores = q[:, part] @ k[:, part].T / math.sqrt(D)
@@ -73,9 +73,9 @@ def test_a_cache_of_keys_and_values_gives_what_recomputing_gives():
             assert torch.allclose(step, whole[:, t:t + 1], atol=1e-5)
 
 
-def test_remember_writes_into_the_cache():
+def test_append_writes_into_the_cache():
     cache = torch.zeros(1, 4, 1, 2)
-    remember(cache, torch.tensor([[2]]), torch.ones(1, 1, 1, 2))
+    append(cache, torch.tensor([[2]]), torch.ones(1, 1, 1, 2))
     assert cache[0, :, 0, 0].tolist() == [0, 0, 1, 0]
 
 
