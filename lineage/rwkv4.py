@@ -8,17 +8,17 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
         x = x + channel_mix(ln2(x))
     logits = ln_out(x) W_head
 
-    time_mix(x): every channel by itself between the matrices; x' is x one token earlier
-        r = (mix_r x + (1 - mix_r) x') W_r;  k, v likewise: each matrix reads its own blend
+    time_mix(x), with x' the vector of the token before:
+        k = (mix_k x + (1 - mix_k) x') W_k;  v, r likewise, each with a mix of its own
         y_t = (Σ_{s<t} e^(k_s + (t-1-s) w) v_s + e^(k_t + u) v_t) / (the same without v)
-        return (σ(r) y) W_o
-    channel_mix(x): r and k as above
+        return (σ(r) y) W_o                             w = -e^time_decay, u: one per channel
+    channel_mix(x), k and r as above:
         return σ(r) (relu(k)² W_v)
 
-So y_t is a weighted mean of the values so far. Token s has the weight e^(k_s), times e^w per step
-since, w = -e^time_decay; the current token has the bonus u. The two sums are all that has to be
-remembered: RWKV is trained in parallel like a Transformer and runs as an RNN, at the same cost per
-token after ten tokens as after a million. What changed from RWKV-3, and why:
+So y_t is, in each channel, a weighted mean of the values so far: token s weighs e^(k_s), times e^w
+for each step since; the current token has the bonus u. All there is to remember are two sums:
+trained in parallel like a Transformer, it runs as an RNN, and a token costs the same after ten
+tokens as after a million. What changed from RWKV-3, and why:
 
 * the mean is exact for every k. RWKV-3 cut k off at 60, since e^k overflows, and added a small
   number to the denominator against 0 / 0, which pulled y to 0 where every k is low. Here both sums
@@ -184,9 +184,9 @@ class TimeMix(nn.Module):
     def __init__(self, config: RWKV4Config):
         super().__init__()
         C = config.n_embd
-        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))            # token shift: the share of
-        self.time_mix_v = nn.Parameter(torch.empty(1, 1, C))            # the current token
-        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))            # mix_k: 1 is x, 0 is x'
+        self.time_mix_v = nn.Parameter(torch.empty(1, 1, C))            # mix_v
+        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))            # mix_r
         self.time_decay = nn.Parameter(torch.empty(C))                  # log(-w)
         self.time_first = nn.Parameter(torch.empty(C))                  # u
         self.receptance = nn.Linear(C, C, bias=False)
@@ -207,7 +207,7 @@ class TimeMix(nn.Module):
         w = -torch.exp(self.time_decay.float())                 # bf16 cannot tell 0.999 from 1
         if S is None:
             y, _ = wkv4(k, v, w, self.time_first, self.first_state(len(x)))
-        else:                                # autograd needs S as it was: a copy
+        else:                                # S is overwritten: autograd has to keep a copy
             y, end = wkv4(k, v, w, self.time_first, S.clone() if torch.is_grad_enabled() else S)
             S.copy_(end.detach())
         return self.output(r * y.to(r.dtype))
@@ -219,8 +219,8 @@ class ChannelMix(nn.Module):
     def __init__(self, config: RWKV4Config):
         super().__init__()
         C = config.n_embd
-        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))            # token shift, as above
-        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))            # mix_k
+        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))            # mix_r
         self.key = nn.Linear(C, config.dim_ffn, bias=False)
         self.receptance = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(config.dim_ffn, C, bias=False)
@@ -334,11 +334,10 @@ class RWKV4(nn.Module):
         return State(like.new_zeros(batch_size, dtype=torch.int64), last, last.clone(), wkv)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Every parameter once, in groups for torch.optim.AdamW, as the authors (v4neo).
+        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay.
 
-        Only matrices decay. Two keys are for train.py, AdamW ignores them: `lr_scale`, a factor of
-        the learning rate, 2 for time_decay and 3 for time_first, and `hidden_matrix`, true for the
-        matrices inside the blocks (optimisers like Muon).
+        Two keys are for train.py, AdamW ignores them: `lr_scale`, the authors' factor of the
+        learning rate, and `hidden_matrix`, true for the 2-D matrices inside the blocks.
         """
         groups = {}
         for name, p in self.named_parameters():
@@ -440,7 +439,7 @@ class RWKV4(nn.Module):
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(replace(config, **overrides))
         weights = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-        for name, p in model.named_parameters():                        # files may lack axes of 1
+        for name, p in model.named_parameters():                        # some lack axes of length 1
             if name in weights and weights[name].squeeze().shape == p.squeeze().shape:
                 weights[name] = weights[name].reshape(p.shape)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -502,8 +501,8 @@ def read_pth(path: Path) -> tuple[RWKV4Config, dict[str, Tensor]]:
     tensors = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
     tensors = {name.removeprefix("_forward_module."): tensor                # DeepSpeed's prefix
                for name, tensor in tensors.items()}
-    stated = files[0].with_name("config.json")
-    stated = json.loads(stated.read_text(encoding="utf-8")) if stated.exists() else {}
+    beside = files[0].with_name("config.json")
+    stated = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
     if stated.get("model_type", "rwkv4") != "rwkv4":
         raise ValueError(f"{path} has model_type {stated['model_type']!r}, not 'rwkv4'")
     V, C = tensors["emb.weight"].shape
@@ -511,6 +510,6 @@ def read_pth(path: Path) -> tuple[RWKV4Config, dict[str, Tensor]]:
         raise ValueError(f"{path} is an RWKV-3: it has the same names, but time_decay is (C, 1)")
     sizes = dict(vocab_size=V, n_embd=C, dim_ffn=len(tensors["blocks.0.ffn.key.weight"]),
                  n_layer=len({name.split(".")[1] for name in tensors if name[:7] == "blocks."}))
-    stated = {field.name: stated[field.name] for field in fields(RWKV4Config)
-              if stated.get(field.name) is not None}
-    return RWKV4Config(**{**stated, **sizes}), tensors
+    known = {field.name: stated[field.name] for field in fields(RWKV4Config)
+             if stated.get(field.name) is not None}
+    return RWKV4Config(**{**known, **sizes}), tensors                   # shapes do not lie

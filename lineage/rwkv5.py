@@ -8,28 +8,28 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
         x = x + channel_mix(ln2(x))
     logits = ln_out(x) W_head
 
-    time_mix(x), x' being the vector of the previous token:
-        r = (mix_r x + (1 - mix_r) x') W_r;  k, v, g likewise, each with its own mix and matrix
-        y_t = r_t (S + (u k_t)ᵀ v_t)                    r, k, v, y split into H heads of D channels
-        S <- e^w ⊙ S + k_tᵀ v_t                         S (D, D): one row per channel of the key
-        return (norm(y) silu(g)) W_o                    norm: (y - mean) / √(var + ε) of each head
-    channel_mix(x): r and k as above
+    time_mix(x), with x' the vector of the token before:
+        k = (mix_k x + (1 - mix_k) x') W_k;  v, r, g likewise, each with a mix of its own
+        y_t = r_t (S + diag(u) k_tᵀ v_t)                per head of D channels, its S is (D, D)
+        S <- diag(e^w) S + k_tᵀ v_t                     w = -e^time_decay
+        return (norm(y) silu(g)) W_o                    LayerNorm of each head, the heads joined
+    channel_mix(x), k and r as above:
         return σ(r) (relu(k)² W_v)
 
-So each head sums up its past in a matrix S of keys by values, and r_t, its query, reads it. Row n
-fades by e^(w_n) with each token, w = -e^time_decay; the current token has the bonus u. Trained in
+So each head sums up its past in a matrix S of keys by values; r_t, its query, reads it. Each row of
+S, a channel of the key, fades at its own rate; the current token has the bonus u. Trained in
 parallel like a Transformer, it runs as an RNN. What changed from RWKV-4, and why:
 
 * a matrix per head instead of two sums per channel: a layer remembers D / 2 times as many numbers,
   and what is read from them depends on the token;
-* y is not divided by a sum of weights. So k needs no exponential and may be negative, and no
-  maximum has to be kept; the norm of each head (ln_x) bounds y instead;
+* y is not divided by a sum of weights: k needs no exponential and may be negative, there is no
+  maximum to keep, and the norm of each head (ln_x) bounds y instead;
 * r has no sigmoid: the output has a gate of its own, silu(g) (from 5.1 on);
 * the MLP is 3.5 times as wide as the residual stream, not four, to pay for that gate (from 5.1 on);
 * decay and bonus are one number per head (5.0, 5.1), then one per channel of the key (5.2).
 
     B batch   T time   C channels (n_embd)   H heads   D head size   L layers   V vocabulary
-    n chunks of h tokens each, where a sequence is computed in parallel
+    n blocks of h tokens each, where a sequence is computed in parallel
 
 References: Peng et al. 2024, "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic
 Recurrence"; BlinkDL/RWKV-LM@524481d RWKV-v5/src/model.py (x052); BlinkDL/ChatRWKV@965e40b
@@ -90,16 +90,9 @@ class RWKV5Config:
         """The longest sequence that the model can process, in tokens: there is no limit."""
         return None
 
-    @property
-    def n_head(self) -> int:
-        return self.n_embd // self.head_size
-
     @classmethod
     def sized(cls, layers: int, width: int, vocab_size: int, context: int) -> "RWKV5Config":
-        """RWKV-5.2 of this depth and width, by its authors' proportions; `context` is not used.
-
-        Heads have 64 channels, or as many as divide the width; the MLP is 3.5 times as wide.
-        """
+        """RWKV-5.2 of this depth and width: heads of up to 64 channels; `context` is not used."""
         head_size = max(size for size in range(1, 65) if width % size == 0)
         return cls(vocab_size, width, layers, head_size, max(32, int(3.5 * width) // 32 * 32))
 
@@ -142,12 +135,9 @@ def wkv5_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
     return torch.cat(y, 2), S
 
 
-def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
-         S: Tensor) -> tuple[Tensor, Tensor]:
-    """`wkv5_loop` as matrix products, in fp32 (or fp64), as all official kernels compute it.
-
-    In bf16, what a state of long memory adds up would be lost.
-    """
+def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    """`wkv5_loop` as matrix products, in fp32 (or fp64) as in all official kernels: bf16 would lose
+    what a long memory adds up."""
     dtype = torch.promote_types(r.dtype, torch.float32)
     operands = (x.to(dtype) for x in (r, k, v, w, u, S))
     device = "cpu" if r.is_meta else r.device.type                      # "meta" has no autocast
@@ -158,14 +148,13 @@ def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
 def wkv5_chunks(r, k, v, w, u, S):
     """`wkv5` for any T. Tokens of one chunk read each other by a matrix A, the rest through S.
 
-    A (t reads s) grows by doubling: two neighbouring blocks of h tokens become one of 2 h.
+    A[t, s] = (r_t e^((t-1-s) w)) k_sᵀ below the diagonal. Blocks of h tokens are joined in pairs:
 
-        A0  0       a token of the later block reads one of the earlier: r1 k0, with the decay from
-        r1k0  A1    the earlier token to the border times that from there to the later one
+        A0      0           r1 carries the decay since its block began, k0 that until its block
+        r1 k0ᵀ  A1          ends: together, from the earlier token to the later one
 
-    So r carries the decay since its block began, k that until its block ends. All are products of
-    numbers <= 1, never quotients: no decay is too strong. (With the decays divided out, as
-    r exp(sum w) times k exp(-sum w), it overflows.)
+    All factors are <= 1, so nothing overflows, however strong the decay. (It would with one product
+    for the chunk, of r_t e^(t w) and k_s e^(-s w).)
     """
     T = r.shape[2]
     size = min(CHUNK, 1 << T.bit_length() - 1)                          # a power of 2
@@ -203,17 +192,18 @@ class TimeMix(nn.Module):
 
     def __init__(self, config: RWKV5Config):
         super().__init__()
-        C, self.heads, self.version = config.n_embd, config.n_head, config.version
-        per_head = (self.heads, config.head_size) if self.version == "5.2" else (self.heads,)
-        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))            # token shift: the share of
-        self.time_mix_v = nn.Parameter(torch.empty(1, 1, C))            # the current token
-        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))
+        C, D = config.n_embd, config.head_size
+        self.heads, self.version = C // D, config.version
+        per_head = (self.heads, D) if self.version == "5.2" else (self.heads,)
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))            # mix_k: 1 is x, 0 is x'
+        self.time_mix_v = nn.Parameter(torch.empty(1, 1, C))            # mix_v
+        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))            # mix_r
         self.time_decay = nn.Parameter(torch.empty(per_head))           # log(-w)
         if self.version == "5.0":
             self.time_first = nn.Parameter(torch.empty(per_head))       # log(u)
         else:
             self.time_faaaa = nn.Parameter(torch.empty(per_head))       # u
-            self.time_mix_g = nn.Parameter(torch.empty(1, 1, C))
+            self.time_mix_g = nn.Parameter(torch.empty(1, 1, C))        # mix_g
             self.gate = nn.Linear(C, C, bias=False)
         self.receptance = nn.Linear(C, C, bias=False)
         self.key = nn.Linear(C, C, bias=False)
@@ -226,13 +216,14 @@ class TimeMix(nn.Module):
         r = self.receptance(x + gap * (1 - self.time_mix_r))
         k = self.key(x + gap * (1 - self.time_mix_k))
         v = self.value(x + gap * (1 - self.time_mix_v))
-        w = -torch.exp(self.time_decay.float())                 # bf16 cannot tell 0.999 from 1
+        w = -torch.exp(self.time_decay.float())                         # 0.999 is 1 in bf16
         u = self.time_first.float().exp() if self.version == "5.0" else self.time_faaaa
         r, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (r, k, v))
         w, u = w.view(self.heads, -1), u.view(self.heads, -1)           # (H, D), or (H, 1)
         if S is None:
-            y, _ = wkv5(r, k, v, w, u, r.new_zeros(*r.shape[:2], r.shape[3], r.shape[3]))
-        else:                                # autograd needs S as it was: a copy
+            B, H, _, D = r.shape
+            y, _ = wkv5(r, k, v, w, u, r.new_zeros(B, H, D, D))
+        else:                                # S is overwritten: autograd has to keep a copy
             y, end = wkv5(r, k, v, w, u, S.clone() if torch.is_grad_enabled() else S)
             S.copy_(end.detach())
         y = self.ln_x(y).to(v.dtype)
@@ -247,8 +238,8 @@ class ChannelMix(nn.Module):
     def __init__(self, config: RWKV5Config):
         super().__init__()
         C = config.n_embd
-        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))            # token shift, as above
-        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))            # mix_k
+        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))            # mix_r
         self.key = nn.Linear(C, config.dim_ffn, bias=False)
         self.receptance = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(config.dim_ffn, C, bias=False)
@@ -307,8 +298,8 @@ class RWKV5(nn.Module):
     @torch.no_grad()
     def initialise(self) -> None:
         """The authors' values (src/model.py): vectors by depth and channel, matrices orthogonal."""
-        L, C, V = self.config.n_layer, self.config.n_embd, self.config.vocab_size
-        version = self.config.version
+        c, version = self.config, self.config.version
+        L, C, V = c.n_layer, c.n_embd, c.vocab_size
         h = torch.arange(C)
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
         nn.init.orthogonal_(self.head.weight, gain=0.5 * max(V / C, 1) ** 0.5)
@@ -367,15 +358,15 @@ class RWKV5(nn.Module):
         """An empty state for `batch_size` rows; `max_tokens` is not used: there is no limit."""
         c, like = self.config, self.emb.weight
         last = like.new_zeros(batch_size, c.n_layer, c.n_embd, dtype=torch.float32)
-        wkv = last.new_zeros(batch_size, c.n_layer, c.n_head, c.head_size, c.head_size)
+        wkv = last.new_zeros(batch_size, c.n_layer, c.n_embd // c.head_size,
+                             c.head_size, c.head_size)
         return State(like.new_zeros(batch_size, dtype=torch.int64), last, last.clone(), wkv)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Every parameter once, in groups for torch.optim.AdamW, as the authors.
+        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay.
 
-        Only matrices decay. Two keys are for train.py, AdamW ignores them: `lr_scale`, a factor of
-        the learning rate, 2 for time_decay and 3 for time_first (of 5.0), and `hidden_matrix`, true
-        for the matrices inside the blocks (optimisers like Muon).
+        Two keys are for train.py, AdamW ignores them: `lr_scale`, the authors' factor of the
+        learning rate, and `hidden_matrix`, true for the 2-D matrices inside the blocks.
         """
         groups = {}
         for name, p in self.named_parameters():
@@ -477,7 +468,7 @@ class RWKV5(nn.Module):
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(replace(config, **overrides))
         weights = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-        for name, p in model.named_parameters():                        # files may lack axes of 1
+        for name, p in model.named_parameters():                        # some lack axes of length 1
             if name in weights and weights[name].squeeze().shape == p.squeeze().shape:
                 weights[name] = weights[name].reshape(p.shape)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -539,8 +530,8 @@ def read_pth(path: Path) -> tuple[RWKV5Config, dict[str, Tensor]]:
     tensors = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
     tensors = {name.removeprefix("_forward_module."): tensor                # DeepSpeed's prefix
                for name, tensor in tensors.items()}
-    stated = files[0].with_name("config.json")
-    stated = json.loads(stated.read_text(encoding="utf-8")) if stated.exists() else {}
+    beside = files[0].with_name("config.json")
+    stated = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
     if stated.get("model_type", "rwkv5") != "rwkv5":
         raise ValueError(f"{path} has model_type {stated['model_type']!r}, not 'rwkv5'")
     V, C = tensors["emb.weight"].shape
@@ -550,6 +541,6 @@ def read_pth(path: Path) -> tuple[RWKV5Config, dict[str, Tensor]]:
                  n_layer=len({name.split(".")[1] for name in tensors if name[:7] == "blocks."}),
                  head_size=C // len(decay),
                  version="5.0" if not gated else "5.1" if decay.dim() == 1 else "5.2")
-    stated = {field.name: stated[field.name] for field in fields(RWKV5Config)
-              if stated.get(field.name) is not None}
-    return RWKV5Config(**{**stated, **sizes}), tensors
+    known = {field.name: stated[field.name] for field in fields(RWKV5Config)
+             if stated.get(field.name) is not None}
+    return RWKV5Config(**{**known, **sizes}), tensors                   # shapes do not lie
