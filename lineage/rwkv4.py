@@ -37,7 +37,7 @@ RWKV_in_150_lines.py. On the scan: Blelloch 1990, "Prefix Sums and Their Applica
 writes the official .pth of RWKV-4; sizes are read from its shapes.
 
     model = RWKV4.from_pretrained("RWKV-4-Pile-169M.pth",   # or RWKV4(SIZES["169m"]), untrained
-                                  eos_token_id=0)           # ends a text, the file does not say so
+                                  eos_token_id=0)           # ends a text: files do not state it
     [new] = model.generate([[510, 3158]], 20, temperature=0.8, top_p=0.5, seed=1)
     model.save_pretrained("copy")                           # the rwkv package opens it
     tokens = torch.tensor([[510, 3158, 310, 247]])          # (B, T); to train on them:
@@ -135,12 +135,12 @@ def wkv4_loop(k: Tensor, v: Tensor, w: Tensor, u: Tensor, S0: Tensor) -> tuple[T
 def wkv4(k: Tensor, v: Tensor, w: Tensor, u: Tensor, S0: Tensor) -> tuple[Tensor, Tensor]:
     """`wkv4_loop` for all tokens at once, in fp32 (or fp64), as all official kernels compute it.
 
-    First o of every token: a running maximum takes no exponential. From one o to the next the sums
-    are then multiplied by a number <= 1, and p, q are sums with that decay.
+    First o for every token, a running maximum, which needs no exponential. From each o to the next,
+    p and q shrink by a factor <= 1; they are sums with that factor as decay.
     """
     dtype = torch.promote_types(k.dtype, torch.float32)
     k, v, w, u, S0 = (x.to(dtype) for x in (k, v, w, u, S0))
-    with torch.no_grad():                    # y does not depend on o: p and q change along with it
+    with torch.no_grad():                    # another o, with p, q to match, gives the same y
         o = highest(torch.cat([S0[:, None, 2], k], 1), w)               # (B, 1 + T, C)
         m = torch.maximum(o[:, :-1], u + k)
     decay = F.pad((o[:, :-1] - o[:, 1:] + w).exp(), (0, 0, 1, 0))       # from each o to the next
@@ -184,7 +184,7 @@ class TimeMix(nn.Module):
     def __init__(self, config: RWKV4Config):
         super().__init__()
         C = config.n_embd
-        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))            # mix_k: 1 is x, 0 is x'
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))            # mix_k: share of this token
         self.time_mix_v = nn.Parameter(torch.empty(1, 1, C))            # mix_v
         self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))            # mix_r
         self.time_decay = nn.Parameter(torch.empty(C))                  # log(-w)

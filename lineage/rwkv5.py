@@ -20,8 +20,8 @@ So each head sums up its past in a matrix S of keys by values; r_t, its query, r
 S, a channel of the key, fades at its own rate; the current token has the bonus u. Trained in
 parallel like a Transformer, it runs as an RNN. What changed from RWKV-4, and why:
 
-* a matrix per head instead of two sums per channel: a layer remembers D / 2 times as many numbers,
-  and what is read from them depends on the token;
+* a matrix per head instead of two sums per channel: a layer remembers C D numbers, not 3 C, and
+  what is read from them depends on the token;
 * y is not divided by a sum of weights: k needs no exponential and may be negative, there is no
   maximum to keep, and the norm of each head (ln_x) bounds y instead;
 * r has no sigmoid: the output has a gate of its own, silu(g) (from 5.1 on);
@@ -38,7 +38,7 @@ writes the official .pth of RWKV-5.0, 5.1 and 5.2; its names and shapes tell whi
 (What rwkv.cpp calls v5.1 is 5.0 here and in the rwkv package.)
 
     model = RWKV5.from_pretrained("RWKV-5-World-0.4B.pth",  # or RWKV5(SIZES["0.4b"]), untrained
-                                  eos_token_id=0)           # ends a text, the file does not say so
+                                  eos_token_id=0)           # ends a text: files do not state it
     [new] = model.generate([[6699, 304]], 20, temperature=0.8, top_p=0.5, seed=1)
     model.save_pretrained("copy")                           # the rwkv package opens it
     tokens = torch.tensor([[6699, 304, 25740, 109]])        # (B, T); to train on them:
@@ -195,7 +195,7 @@ class TimeMix(nn.Module):
         C, D = config.n_embd, config.head_size
         self.heads, self.version = C // D, config.version
         per_head = (self.heads, D) if self.version == "5.2" else (self.heads,)
-        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))            # mix_k: 1 is x, 0 is x'
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))            # mix_k: share of this token
         self.time_mix_v = nn.Parameter(torch.empty(1, 1, C))            # mix_v
         self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))            # mix_r
         self.time_decay = nn.Parameter(torch.empty(per_head))           # log(-w)
@@ -298,8 +298,7 @@ class RWKV5(nn.Module):
     @torch.no_grad()
     def initialise(self) -> None:
         """The authors' values (src/model.py): vectors by depth and channel, matrices orthogonal."""
-        c, version = self.config, self.config.version
-        L, C, V = c.n_layer, c.n_embd, c.vocab_size
+        L, C, V = self.config.n_layer, self.config.n_embd, self.config.vocab_size
         h = torch.arange(C)
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
         nn.init.orthogonal_(self.head.weight, gain=0.5 * max(V / C, 1) ** 0.5)
@@ -308,10 +307,10 @@ class RWKV5(nn.Module):
             mix = (h / C) ** (1 - i / L)
             att, ffn = block.att, block.ffn
             place = torch.arange(att.time_decay.numel()).view_as(att.time_decay)
-            ramp = place / max(place.numel() - 1, 1)                    # 0 to 1 over them
-            wave = 0.1 * ((place + 1) % 3 - 1) if version == "5.2" else 0.0
-            slow = -6 if version == "5.2" else -8
-            if version == "5.0":
+            ramp = place / max(place.numel() - 1, 1)        # 0 to 1 over the channels or heads
+            wave = 0.1 * ((place + 1) % 3 - 1) if att.version == "5.2" else 0.0
+            lowest = -6 if att.version == "5.2" else -8
+            if att.version == "5.0":
                 att.time_first.fill_(-3.0)
             else:
                 att.time_faaaa.copy_(depth * (1 - ramp) + wave)
@@ -320,7 +319,7 @@ class RWKV5(nn.Module):
             for parameter, value in (
                     (att.time_mix_k, mix), (att.time_mix_v, mix + 0.3 * depth),
                     (att.time_mix_r, mix ** 0.5),
-                    (att.time_decay, slow + (-1 - slow) * ramp ** (0.7 + 1.3 * depth)),
+                    (att.time_decay, lowest - (1 + lowest) * ramp ** (0.7 + 1.3 * depth)),
                     (att.ln_x.weight, torch.tensor(((1 + i) / L) ** 0.7)),
                     (ffn.time_mix_k, mix), (ffn.time_mix_r, mix)):
                 parameter.copy_(value)
