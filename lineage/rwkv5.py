@@ -121,13 +121,13 @@ def previous(x: Tensor, last: Tensor | None) -> Tensor:
 
 
 def wkv5_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
-              S: Tensor) -> tuple[Tensor, Tensor]:
+              S0: Tensor) -> tuple[Tensor, Tensor]:
     """What time mixing computes of r, k, v: (B, H, T, D), token by token. It defines `wkv5`.
 
-    w <= 0, the log of the decay, and u, the bonus of the current token: (H, D) or (H, 1). S:
+    w <= 0, the log of the decay, and u, the bonus of the current token: (H, D) or (H, 1). S0:
     (B, H, D, D), key by value, to begin with. Returns y: (B, H, T, D) and the last S.
     """
-    y = []
+    S, y = S0, []
     for t in range(r.shape[2]):
         new = k[:, :, t, :, None] * v[:, :, t, None, :]                 # (B, H, D, D)
         y.append(r[:, :, t, None, :] @ (S + u[..., None] * new))        # (B, H, 1, D)
@@ -135,11 +135,12 @@ def wkv5_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
     return torch.cat(y, 2), S
 
 
-def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
+         S0: Tensor) -> tuple[Tensor, Tensor]:
     """`wkv5_loop` as matrix products, in fp32 (or fp64) as in all official kernels: bf16 would lose
     what a long memory adds up."""
     dtype = torch.promote_types(r.dtype, torch.float32)
-    operands = (x.to(dtype) for x in (r, k, v, w, u, S))
+    operands = (x.to(dtype) for x in (r, k, v, w, u, S0))
     device = "cpu" if r.is_meta else r.device.type                      # "meta" has no autocast
     with torch.autocast(device, enabled=False):
         return wkv5_chunks(*operands) if r.shape[2] > 1 else wkv5_loop(*operands)
@@ -148,7 +149,7 @@ def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, S: Tensor) -> tu
 def wkv5_chunks(r, k, v, w, u, S):
     """`wkv5` for any T. Tokens of one chunk read each other by a matrix A, the rest through S.
 
-    A[t, s] = (r_t e^((t-1-s) w)) k_sᵀ below the diagonal. Blocks of h tokens are joined in pairs:
+    A[t, t] = (r_t u) k_tᵀ, and A[t, s] = (r_t e^((t-1-s) w)) k_sᵀ for s < t. Two blocks make one:
 
         A0      0           r1 carries the decay since its block began, k0 that until its block
         r1 k0ᵀ  A1          ends: together, from the earlier token to the later one
