@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from lineage import rwkv2, rwkv3, rwkv4, rwkv5
-from lineage.rwkv2 import wkv2
-from lineage.rwkv3 import wkv3
+from lineage.rwkv2 import wkv2, wkv2_loop
+from lineage.rwkv3 import wkv3, wkv3_loop
 from lineage.rwkv4 import wkv4, wkv4_loop
 from lineage.rwkv5 import wkv5, wkv5_loop
 from train import load_checkpoint
@@ -191,16 +191,6 @@ def test_trained_weights_give_the_published_logits_and_text(assets, folder, name
 
 # --- the operators ---
 
-def means(k, v, w, u, S, eps):
-    """What `wkv2` and `wkv3` must equal, token by token."""
-    (p, q), y = S.unbind(1), []
-    for t in range(k.shape[1]):
-        e = k[:, t].exp()
-        y.append((p + u.exp() * e * v[:, t]) / (q + u.exp() * e + eps))
-        p, q = w.exp() * p + e * v[:, t], w.exp() * q + e
-    return torch.stack(y, 1), torch.stack([p, q], 1)
-
-
 def operands(operator, T, spread=1.0, highest=3.0, B=2, C=7, H=2, D=6):
     """Arguments in fp64: k of this spread, log-decays w from -exp(-8) to -exp(highest) per step."""
     generator = torch.Generator().manual_seed(T)
@@ -223,12 +213,12 @@ def invariant(S):
 
 
 def with_eps(operator, eps=1e-8):
-    """The same function with eps given, for all but wkv2 and wkv3 which have none."""
+    """The same function with eps given: only those of RWKV-2 and 3 take one."""
     return operator if operator in (wkv4, wkv5, wkv4_loop, wkv5_loop) else \
         lambda *arguments: operator(*arguments, eps)
 
 
-OPERATORS = pytest.mark.parametrize("operator, loop", [(wkv2, means), (wkv3, means), (wkv4, wkv4_loop),
+OPERATORS = pytest.mark.parametrize("operator, loop", [(wkv2, wkv2_loop), (wkv3, wkv3_loop), (wkv4, wkv4_loop),
                                                        (wkv5, wkv5_loop)])
 
 
@@ -351,7 +341,7 @@ def test_parallel_equals_recurrent_and_any_pieces(kind, monkeypatch):
             assert_close(model(tokens), whole, 1e-5, "chunks of 8")
 
 
-@pytest.mark.parametrize("kind, loop", [("rwkv2", means), ("rwkv3 headQK", means), ("rwkv4", wkv4_loop),
+@pytest.mark.parametrize("kind, loop", [("rwkv2", wkv2_loop), ("rwkv3 headQK", wkv3_loop), ("rwkv4", wkv4_loop),
                                         ("rwkv5.0", wkv5_loop), ("rwkv5.1", wkv5_loop), ("rwkv5.2", wkv5_loop)])
 def test_gradients_of_the_model_equal_those_of_the_recurrence(kind, loop, monkeypatch):
     model, tokens, file = small(kind).double(), some_tokens(2, 37), KINDS[kind][0]
@@ -508,7 +498,22 @@ def test_headqk_from_hidden_vectors_alone_is_refused(kind):
     model = small(kind)
     with pytest.raises(ValueError, match="call the model itself"):
         model.logits(torch.zeros(1, 3, 32))
-    assert model.new_state(1).max_tokens == model.config.ctx_len
+    assert model.new_state(1).capacity == model.config.ctx_len
+
+
+@pytest.mark.parametrize("kind", ["rwkv2 headQK", "rwkv3 headQK"])
+def test_headqk_of_the_last_position_alone_equals_that_of_all(kind):
+    """Also in pieces with a state, in gradients, and where the window of 20 is full."""
+    model, tokens = small(kind), some_tokens(2, 30) % 7
+    every, last = model(tokens), model(tokens, last=True)
+    assert last.shape == (2, 1, 61)
+    assert_close(last, every[:, -1:], 1e-6)
+    grads = [torch.autograd.grad(logits.square().sum(), [*model.parameters()]) for logits in (every[:, -1:], last)]
+    for a, b in zip(*grads):
+        assert_close(a, b, 1e-5, "gradient")
+    state = model.new_state(2, 30)
+    for end, piece in zip((1, 12, 29, 30), tokens.split([1, 11, 17, 1], dim=1)):
+        assert_close(model(piece, state, last=True), every[:, end - 1:end].detach(), 1e-5, f"token {end}")
 
 
 # --- sizes and initialisation ---
