@@ -10,16 +10,16 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
 
     time_mix(x), with x' the vector of the token before:
         k = (mix_k x + (1 - mix_k) x') W_k;  v, r likewise, each with a mix of its own
-        k = min(k, 60)                                  e^k must not overflow
+        k = min(k, 60)                                  60: e^k must not overflow
         y_t = (Σ_{s<t} e^(k_s + (t-1-s) w) v_s + e^(k_t + u) v_t) / (the same without v, + ε)
         return (σ(r) y) W_o                             w = -e^time_decay, u: one per channel
     channel_mix(x), k and r as above:
         return σ(r) (relu(k)² W_v)
 
 So y_t is, in each channel, a weighted mean of the values so far: token s weighs e^(k_s), times e^w
-for each step since; the current token has the bonus u. All there is to remember are two sums:
-trained in parallel like a Transformer, it runs as an RNN, and a token costs the same after ten
-tokens as after a million. What changed from RWKV-2, and why:
+for each step since; the current token has the bonus u. All there is to remember are x' and two
+sums: trained in parallel like a Transformer, it runs as an RNN, and a token costs the same after
+ten tokens as after a million. What changed from RWKV-2, and why:
 
 * each matrix reads its own blend of this token and the one before, where RWKV-2 had one blend for
   all of them: a key can look at both tokens while the gate looks at this one;
@@ -27,7 +27,7 @@ tokens as after a million. What changed from RWKV-2, and why:
   through many layers unchanged; the embedding is normed once, by ln0.
 
 headQK, an option that no published model has, helps to copy names: with h = ln_out(x), it adds
-(h_t W_q) · (h_s W_k) / D to the logit that position t gives to token s, for every s <= t.
+head_q(h_t) · head_k(h_s) / D to the logit of token s at position t, for every s <= t.
 
     B batch   T time   C channels (n_embd)   L layers   V vocabulary
     M state capacity in tokens, with headQK only; D its key size (head_qk)
@@ -65,7 +65,7 @@ class RWKV3Config:
     n_layer: int = 12
     dim_ffn: int = 3072
     k_clamp: float = 60.0                    # larger k are cut off: e^k must not overflow
-    k_eps: float = 1e-8                      # ε
+    k_eps: float = 1e-8                      # ε, against 0 / 0
     head_qk: int = 0                         # key size of headQK; 0: none
     ctx_len: int = 1024                      # how far back headQK looks; nothing else has a limit
     bos_token_id: int | None = None
@@ -133,10 +133,11 @@ def wkv3(k: Tensor, v: Tensor, w: Tensor, u: Tensor, S0: Tensor,
     """`wkv3_loop` for all tokens at once, in fp32 (or fp64), as all official kernels compute it."""
     dtype = torch.promote_types(k.dtype, torch.float32)
     k, v, w, u, S0 = (x.to(dtype) for x in (k, v, w, u, S0))
-    new = torch.stack([k.exp() * v, k.exp()], 2)                        # (B, T, 2, C)
-    S = sums(torch.cat([S0[:, None], new], 1), w)                       # (B, 1 + T, 2, C)
+    new = k.exp()
+    now = u.exp() * new
+    S = torch.cat([S0[:, None], torch.stack([new * v, new], 2)], 1)     # (B, 1 + T, 2, C)
+    S = sums(S, w)
     p, q = S[:, :-1].unbind(2)                                          # before each token
-    now = u.exp() * k.exp()
     return (p + now * v) / (q + now + eps), S[:, -1]
 
 
@@ -149,10 +150,10 @@ def sums(x: Tensor, w: Tensor) -> Tensor:
     T = x.shape[1]
     if T == 1:
         return x
-    x = F.pad(x, (0, 0, 0, 0, 0, T % 2))
+    x, decay = F.pad(x, (0, 0, 0, 0, 0, T % 2)), w.exp()
     x0, x1 = x[:, ::2], x[:, 1::2]
-    x1 = sums(x1 + w.exp() * x0, 2 * w)
-    x0 = x0 + w.exp() * F.pad(x1, (0, 0, 0, 0, 1, -1))
+    x1 = sums(x1 + decay * x0, 2 * w)
+    x0 = x0 + decay * F.pad(x1, (0, 0, 0, 0, 1, -1))
     return torch.stack([x0, x1], 2).flatten(1, 2)[:, :T]
 
 
@@ -291,7 +292,7 @@ class RWKV3(nn.Module):
         """(B, T) tokens -> (B, T, C) after the final norm.
 
         With a state, the tokens continue the sequence that it has seen, and it advances by T.
-        ValueError if headQK is there and they do not fit.
+        ValueError if they do not fit, which only headQK requires.
         """
         if state is not None and len(state.position) != len(tokens):
             raise ValueError(f"{len(tokens)} rows of tokens, but a state of {len(state.position)}")
@@ -328,20 +329,21 @@ class RWKV3(nn.Module):
         return self.copied(logits, hidden, tokens, state) if self.config.head_qk else logits
 
     def copied(self, logits: Tensor, hidden: Tensor, tokens: Tensor, state: State | None) -> Tensor:
-        """headQK: logits (B, T or 1, V), to which each token seen adds how well its key fits.
+        """headQK: logits (B, T or 1, V), plus the score of each token seen on the logit of its own.
 
-        A position sees itself and what is before it, ctx_len tokens in all; there is no softmax.
+        A position sees itself and the tokens before it, ctx_len in all; there is no softmax.
         """
         q, k = self.head_q(hidden[:, -logits.shape[1]:]), self.head_k(hidden)
         steps = torch.arange(k.shape[1], device=k.device)
         positions, ids = steps[None], tokens                            # (1, T), (B, T)
-        if state is not None:                # its keys are constants: gradients reach the new ones
+        if state is not None:                # earlier keys are constants: gradients reach new ones
             positions = state.position[:, None] - len(steps) + steps    # (B, T)
             k = state.head_k.to(k.dtype).scatter(1, positions[..., None].expand_as(k), k)
             ids = state.ids.clone()          # autograd keeps it, and the state is overwritten
         ago = positions[:, -q.shape[1]:, None] - torch.arange(k.shape[1], device=k.device)
-        fit = (q @ k.mT / q.shape[-1]).masked_fill((ago < 0) | (ago >= self.config.ctx_len), 0.0)
-        return logits.scatter_add(2, ids[:, None].expand_as(fit), fit.to(logits.dtype))
+        unseen = (ago < 0) | (ago >= self.config.ctx_len)
+        scores = (q @ k.mT / q.shape[-1]).masked_fill(unseen, 0.0)      # (B, T or 1, T or M)
+        return logits.scatter_add(2, ids[:, None].expand_as(scores), scores.to(logits.dtype))
 
     def new_state(self, batch_size: int, max_tokens: int | None = None) -> State:
         """An empty state for `batch_size` rows; `max_tokens` is a limit only with headQK."""
@@ -527,9 +529,8 @@ def read_pth(path: Path) -> tuple[RWKV3Config, dict[str, Tensor]]:
     if stated.get("model_type", "rwkv3") != "rwkv3":
         raise ValueError(f"{path} has model_type {stated['model_type']!r}, not 'rwkv3'")
     V, C = tensors["emb.weight"].shape
-    if tensors["blocks.0.att.time_decay"].shape != (C, 1):              # (C,) in RWKV-4
-        raise ValueError(f"{path} is not an RWKV-3, whose time_decay is (C, 1): RWKV-4 has the "
-                         "same names")
+    if tensors["blocks.0.att.time_decay"].shape != (C, 1):              # (C,) in RWKV-4, else alike
+        raise ValueError(f"{path} is not an RWKV-3: its time_decay is not (C, 1)")
     sizes = dict(vocab_size=V, n_embd=C, dim_ffn=len(tensors["blocks.0.ffn.key.weight"]),
                  n_layer=len({name.split(".")[1] for name in tensors if name[:7] == "blocks."}))
     if "head_q.weight" in tensors:
