@@ -628,6 +628,8 @@ def meta_shards(path: Path) -> list[Path]:
             raise FileNotFoundError(f"{place} lacks shards: it has {names}")
         if shards:
             return shards
+    if (folder / "params.json").exists() and not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} has params.json, but no consolidated.00.pth")
     return []
 
 
@@ -637,6 +639,9 @@ def read_params(shards: list[Path]) -> Llama3Config:
                rope_theta=None, use_scaled_rope=False, multiple_of=None, ffn_dim_multiplier=None):
         llama2 = vocab_size == -1
         vocab_size = rows["output"] if llama2 else vocab_size
+        if vocab_size != rows["output"]:
+            raise ValueError(f"{shards[0].parent} holds {rows['output']} rows of a vocabulary of "
+                             f"{vocab_size}: is one missing of its {len(shards)} shards?")
         return Llama3Config(
             vocab_size, 131072 if use_scaled_rope else 8192, dim, n_layers, n_heads,
             n_kv_heads or n_heads,           # 405B in 16 shards says 16: each of its 8 twice

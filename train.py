@@ -243,7 +243,8 @@ def identify(path: Path) -> str:
     folder = path if path.is_dir() else path.parent
     if path.suffix == ".pt" or (path / "ckpt.pt").exists():
         return "gpt"
-    if (folder / "params.json").exists() and not (folder / "config.json").exists():
+    meta = (folder / "params.json").exists() or any(folder.glob("consolidated.*.pth"))
+    if meta and not (folder / "config.json").exists():
         return "llama3"
     stated = None
     if (folder / "config.json").exists() and path.suffix != ".pth":
@@ -319,6 +320,8 @@ def readable(path: Path, kind: str = ""):
             reason = f"{path} does not fit its config: {reason}"
         elif type(error) is KeyError:
             reason = f"{path}{kind and f', taken for {kind},'} lacks {reason}"
+        elif isinstance(error, (TypeError, AttributeError, ArithmeticError)):
+            reason = f"{path} states what does not fit ({type(error).__name__}: {reason})"
         elif type(error) not in (ValueError, FileNotFoundError):
             reason = f"{path} is damaged, or no file of tensors ({type(error).__name__}: {reason})"
         elif str(path) not in reason:
