@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 
 import tokenizer as text
-from train import (Parser, choose_device, complain, eos_tokens, is_out_of_memory, load_checkpoint,
-                   locate, readable, show_any_text)
+from checkpoints import (check_vocabulary, eos_tokens, is_out_of_memory, load_checkpoint, locate,
+                         readable)
+from train import Parser, choose_device, complain, show_any_text
 
 HELP = """\
 /help          this text
@@ -98,9 +99,7 @@ def open_conversation(args) -> "Conversation":
     device, dtype = choose_device(args.device), getattr(torch, args.dtype or "", None)
     model = load_checkpoint(path, device, dtype)
     config, like = model.config, next(model.parameters())
-    if config.vocab_size < tokenizer.vocab_size:
-        raise ValueError(f"the model has {config.vocab_size} ids, the tokenizer "
-                         f"{tokenizer.vocab_size}: it needs its own tokenizer")
+    check_vocabulary(config, tokenizer)
     stated = text.read_json(folder / "generation_config.json")
     sampling = {"temperature": 0.8, "top_k": args.top_k, "top_p": None}
     sampling |= {name: stated[name] for name in ("temperature", "top_p")

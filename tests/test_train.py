@@ -17,6 +17,7 @@ import toy
 from helpers import ROOT, assert_close, assert_one_line_error, run
 from torch.nn import functional as F
 
+import checkpoints
 import train
 from gpt import GPT, GPTConfig
 
@@ -62,8 +63,9 @@ def finished(corpus, tmp_path_factory):
 
 def test_a_run_directory_is_complete_and_loads(finished):
     names = {path.name for path in finished.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "resume.pt",
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "resume",
             "generation_config.json", "settings.json", "log.jsonl"} <= names
+    assert [path.name for path in (finished / "resume").iterdir()] == ["resume.pt"]
     assert not [name for name in names if name.endswith((".part", ".tmp"))]
     model, tokenizer = train.load_checkpoint(finished), train.text.load_tokenizer(finished)
     assert model.config.vocab_size == tokenizer.vocab_size == 300
@@ -136,7 +138,7 @@ def test_resume_after_kill_at_any_moment_gives_the_same_bits(corpus, finished, t
     out, command = tmp_path / "run", [sys.executable, "train.py"]
     arguments, kills = [*SMALL, "--data", str(corpus), "--out", str(out), "--save-minutes", "0"], 0
     for pause in (0.05, 0.0, 0.12, None):
-        if (out / "resume.pt").exists():
+        if (out / "resume/resume.pt").exists():
             arguments = ["--resume", str(out)]
         process = subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True,
                                    stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -150,7 +152,7 @@ def test_resume_after_kill_at_any_moment_gives_the_same_bits(corpus, finished, t
             process.kill()
             process.communicate()
             kills += 1
-            if not (out / "resume.pt").exists():
+            if not (out / "resume/resume.pt").exists():
                 shutil.rmtree(out)           # killed before the first save: the run starts anew
     assert kills == 3 and weights(out) == weights(finished)
     assert events(out, "loss") == events(finished, "loss")
@@ -166,16 +168,16 @@ def test_sigterm_saves_and_says_how_to_go_on(corpus, finished, tmp_path):
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGTERM
-    assert f"--resume {out}" in output and (out / "resume.pt").exists()
+    assert f"--resume {out}" in output and (out / "resume/resume.pt").exists()
 
 
 def test_a_half_written_save_does_no_harm(finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "run")
-    (out / "resume.pt.part").write_bytes(b"half")
+    (out / "resume/resume.pt.part").write_bytes(b"half")
     (out / "model.safetensors").write_bytes(b"half")                   # readers' files are never read back
     train.main(["--resume", str(out)])
     assert events(out, "loss") == events(finished, "loss")
-    assert weights(out) == weights(finished) and not (out / "resume.pt.part").exists()
+    assert weights(out) == weights(finished) and not (out / "resume/resume.pt.part").exists()
 
 
 def test_resume_refuses_what_would_change_the_result(finished, corpus, tmp_path):
@@ -185,27 +187,25 @@ def test_resume_refuses_what_would_change_the_result(finished, corpus, tmp_path)
     out = start(changed, tmp_path / "run", "--steps", 2)
     (changed / "part_3.py").write_text("new = 1\n")
     assert_one_line_error(run("train.py", "--resume", out), "data have changed")
-    (out / "resume.pt").write_bytes((out / "resume.pt").read_bytes()[:1000])
+    (out / "resume/resume.pt").write_bytes((out / "resume/resume.pt").read_bytes()[:1000])
     assert_one_line_error(run("train.py", "--resume", out), "damaged")
 
 
 @pytest.mark.parametrize("steps", [5])
 def test_a_recurrent_model_trains_and_resumes_through_the_same_script(corpus, tmp_path, monkeypatch, steps):
     monkeypatch.setitem(train.MODELS, "toy", ("toy", "Toy"))
-    monkeypatch.setitem(train.MODEL_TYPES, "toy", "toy")
+    monkeypatch.setitem(checkpoints.MODEL_TYPES, "toy", "toy")
     whole = start(corpus, tmp_path / "whole", "--model", "toy", "--steps", steps)
-    fit = train.fit
+    save = train.save_resume
 
-    def stop_in_the_middle(settings, run, *rest, save, **more):
-        def save_and_stop(state):
-            save(state)
-            if state["step"] == 2:
-                raise KeyboardInterrupt
-        return fit(settings, run, *rest, save=save_and_stop, **more)
-    monkeypatch.setattr(train, "fit", stop_in_the_middle)
+    def save_and_stop(*arguments, **state):
+        save(*arguments, **state)
+        if state["step"] == 2:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train, "save_resume", save_and_stop)
     with pytest.raises(SystemExit):
         start(corpus, tmp_path / "cut", "--model", "toy", "--steps", steps, "--save-minutes", 0)
-    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(train, "save_resume", save)
     train.main(["--resume", str(tmp_path / "cut")])
     for name, tensor in train.load_checkpoint(whole).state_dict().items():
         assert torch.equal(tensor, train.load_checkpoint(tmp_path / "cut").state_dict()[name]), name
@@ -304,8 +304,7 @@ def model_and_batch():
 
 def test_accumulated_gradients_equal_those_of_the_large_batch():
     model, tokens, targets = model_and_batch()
-    settings = train.Settings(tokens_per_step=144)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler, seen = torch.amp.GradScaler("cpu", enabled=False), []
     logits = model(tokens)
     want = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     want.backward()
@@ -313,20 +312,24 @@ def test_accumulated_gradients_equal_those_of_the_large_batch():
     for size in (1, 2, 4, 6):
         model.zero_grad()
         parts = [{"tokens": t, "targets": y} for t, y in zip(tokens.split(size), targets.split(size))]
-        mean, count = train.gradients(settings, ALONE, model, parts, train.next_token_loss, scaler)
+        optimizer = train.make_optimizer(model, 0.1)
+        optimizer.step = lambda: seen.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        mean, norm, count = train.training_step(ALONE, train.NextTokenLoss(model), optimizer, scaler, parts,
+                                                lr=1.0, clip=math.inf, nominal=144)
         assert mean == pytest.approx(want.item(), rel=1e-6) and count == (targets != -100).sum()
-        for name, parameter in model.named_parameters():
-            assert_close(parameter.grad, grads[name], 1e-5, name)
+        assert norm == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in grads.values())), rel=1e-5)
+        for name, grad in seen.pop().items():
+            assert_close(grad, grads[name], 1e-5, name)
 
 
 def test_the_loss_in_pieces_equals_the_loss_at_once():
     model, tokens, targets = model_and_batch()
-    whole, count = train.next_token_loss(model, {"tokens": tokens, "targets": targets})
+    whole, count = train.NextTokenLoss(model)({"tokens": tokens, "targets": targets})
     whole.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     model.config = GPTConfig.sized(2, 32, (1 << 26) // 10, 24)          # as if a piece had 10 positions
-    pieces, again = train.next_token_loss(model, {"tokens": tokens, "targets": targets})
+    pieces, again = train.NextTokenLoss(model)({"tokens": tokens, "targets": targets})
     pieces.backward()
     assert pieces.item() == pytest.approx(whole.item(), rel=1e-6) and count == again
     for name, parameter in model.named_parameters():
@@ -340,17 +343,17 @@ def test_l2wrap_adds_its_gradient_and_no_loss():
     plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     official = plain + 0.5e-4 * logits.amax(-1).square().sum()          # gradient: 1e-4 * largest logit
     want = torch.autograd.grad(official, list(model.parameters()))
-    loss, _ = train.next_token_loss(model, {"tokens": tokens, "targets": targets})
+    loss, _ = train.NextTokenLoss(model)({"tokens": tokens, "targets": targets})
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     for got, grad in zip(torch.autograd.grad(loss, list(model.parameters())), want):
         assert_close(got, grad, 1e-5)
     model.eval()
-    loss, _ = train.next_token_loss(model, {"tokens": tokens, "targets": targets})
+    loss, _ = train.NextTokenLoss(model)({"tokens": tokens, "targets": targets})
     assert not torch.allclose(torch.autograd.grad(loss, model.head.weight)[0], want[-2], rtol=1e-6, atol=0)
 
 
 def test_the_optimizer_honours_the_model():
-    optimizer = train.make_optimizer(train.Settings(weight_decay=0.3), toy.Toy(toy.ToyConfig()))
+    optimizer = train.make_optimizer(toy.Toy(toy.ToyConfig()), weight_decay=0.3)
     first, second = optimizer.param_groups
     assert (first["weight_decay"], second["weight_decay"], second["lr_scale"]) == (0.3, 0.0, 2.0)
     assert first["betas"] == (0.8, 0.9) and first["eps"] == 1e-6
@@ -359,11 +362,11 @@ def test_the_optimizer_honours_the_model():
 def test_checkpointed_activations_change_nothing_but_memory():
     model, tokens, targets = model_and_batch()
     batch = {"tokens": tokens, "targets": targets}
-    train.next_token_loss(model, batch)[0].backward()
+    train.NextTokenLoss(model)(batch)[0].backward()
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     train.checkpoint_blocks(model)
-    train.next_token_loss(model, batch)[0].backward()
+    train.NextTokenLoss(model)(batch)[0].backward()
     for parameter, grad in zip(model.parameters(), grads):
         assert torch.equal(parameter.grad, grad)
 
@@ -378,68 +381,76 @@ def test_the_estimate_counts_what_autograd_keeps():
     model, tokens = GPT(config), torch.zeros(1, 24, dtype=torch.int64)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = train.next_token_loss(model, {"tokens": tokens, "targets": tokens})
+        loss = train.NextTokenLoss(model)({"tokens": tokens, "targets": tokens})
     real = sum(size for pointer, size in kept.items() if pointer not in own)
-    assert train.activation_bytes(GPT, config, 24, train.next_token_loss) == pytest.approx(real, rel=0.15), loss
+    assert train.activation_bytes(GPT, config, 24) == pytest.approx(real, rel=0.15), loss
 
 
 # --- robust steps ---
 
-def steps_with(loss, steps=30, **changes):
-    model, tokens, targets = model_and_batch()
-    settings = train.Settings(steps=steps, tokens_per_step=144, lr=1e-3, warmup=0, eval_every=10**6,
-                              sample_every=10**6, **changes)
-    batch = [{"tokens": tokens, "targets": targets}]
-    saved = []
-    train.fit(settings, ALONE, model, lambda step: batch, loss, validate=lambda model, last: {},
-              sample=lambda model: "", save=saved.append)
-    return model, saved
+def break_loss(monkeypatch, factor):
+    """Multiply the loss of the n-th training batch, from 1 on, by factor(n)."""
+    forward, calls = train.NextTokenLoss.forward, []
+
+    def broken(self, batch):
+        nats, count = forward(self, batch)
+        if self.model.training and not nats.is_meta:
+            calls.append(1)
+            nats = nats * factor(len(calls))
+        return nats, count
+    monkeypatch.setattr(train.NextTokenLoss, "forward", broken)
 
 
-def test_a_step_without_a_finite_loss_is_skipped(capsys):
-    calls = []
-
-    def loss(model, batch):
-        calls.append(1)
-        nats, count = train.next_token_loss(model, batch)
-        return (nats * math.nan if len(calls) == 2 else nats), count
-    model, saved = steps_with(loss, steps=4)
+def test_a_step_without_a_finite_loss_is_skipped(corpus, tmp_path, monkeypatch, capsys):
+    break_loss(monkeypatch, lambda n: math.nan if n == 2 else 1.0)
+    out = start(corpus, tmp_path / "run", "--steps", 4)
     assert "step 2: loss nan" in capsys.readouterr().out
-    assert all(p.isfinite().all() for p in model.parameters()) and saved[-1]["step"] == 4
+    assert all(p.isfinite().all() for p in train.load_checkpoint(out).parameters())
+    assert list(events(out, "loss")) == [1, 2, 3, 4]
 
 
-def test_ten_bad_steps_in_a_row_stop_the_run_and_name_the_last_good_one():
-    calls = []
+def test_a_finite_loss_with_an_infinite_gradient_is_skipped():
+    model, tokens, targets = model_and_batch()
+    optimizer, scaler = train.make_optimizer(model, 0.1), torch.amp.GradScaler("cpu", enabled=False)
+    before = [p.clone() for p in model.parameters()]
+    model.wte.weight.register_hook(lambda grad: grad * math.inf)
+    mean, norm, _ = train.training_step(ALONE, train.NextTokenLoss(model), optimizer, scaler,
+                                        [{"tokens": tokens, "targets": targets}], 1.0, 1.0, 144)
+    assert math.isfinite(mean) and not math.isfinite(norm)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
-    def loss(model, batch):
-        calls.append(1)
-        nats, count = train.next_token_loss(model, batch)
-        return (nats * math.inf if len(calls) > 3 else nats), count
-    with pytest.raises(ValueError, match="step 3"):
-        steps_with(loss)
+
+def test_ten_bad_steps_in_a_row_stop_the_run_and_the_last_good_one_is_saved(corpus, tmp_path, monkeypatch, capsys):
+    break_loss(monkeypatch, lambda n: math.inf if n > 3 else 1.0)
+    with pytest.raises(SystemExit) as stopped:
+        start(corpus, tmp_path / "run", "--steps", 30)
+    assert stopped.value.code == 2 and "step 3 is saved" in capsys.readouterr().err
+    _, saved = train.load_resume(tmp_path / "run")
+    assert saved["step"] == 3
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
-def test_a_compiler_that_fails_costs_one_line(monkeypatch, capsys):
+def test_a_compiler_that_fails_costs_one_line(corpus, tmp_path, monkeypatch, capsys):
     def broken(*arguments, **more):
         raise RuntimeError("no compiler\nat all")
     monkeypatch.setattr(torch, "compile", broken)
-    steps_with(train.next_token_loss, steps=2, compile="on")
-    assert "does not work here" in capsys.readouterr().out
+    start(corpus, tmp_path / "run", "--steps", 2, "--compile", "on")
+    assert "compile    failed; continuing without (RuntimeError: no compiler)" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_step_equals_an_eager_one_and_leaves_no_trace():
-    eager, _ = steps_with(train.next_token_loss, steps=3)
-    fast, saved = steps_with(train.next_token_loss, steps=3, compile="on")
-    assert not [name for name in saved[-1]["model"] if "_orig_mod" in name]
-    for name, parameter in fast.named_parameters():
+def test_a_compiled_step_equals_an_eager_one_and_leaves_no_trace(corpus, tmp_path):
+    eager = train.load_checkpoint(start(corpus, tmp_path / "eager", "--steps", 3))
+    fast = start(corpus, tmp_path / "fast", "--steps", 3, "--compile", "on")
+    assert not [name for name in train.load_resume(fast)[1]["model"] if "_orig_mod" in name]
+    for name, parameter in train.load_checkpoint(fast).named_parameters():
         assert_close(parameter, eager.get_parameter(name), 2e-3, name)
 
 
 def test_out_of_memory_answers_with_the_next_smaller_setting(corpus, tmp_path, monkeypatch, capsys):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-    monkeypatch.setattr(train, "gradients", full)
+    monkeypatch.setattr(train, "training_step", full)
     for flags, answer in (([], "--micro-batch 2"), (["--micro-batch", "1"], "--checkpoint-activations"),
                           (["--micro-batch", "1", "--checkpoint-activations"], "--context 16")):
         with pytest.raises(SystemExit) as stopped:
@@ -487,11 +498,13 @@ def test_help_shows_every_flag_with_default_and_meaning():
         assert " ".join(spec.metadata["help"].split())[:20] in shown, name
 
 
-def test_minutes_plan_the_number_of_steps(corpus, tmp_path):
-    settings = train.Settings(minutes=1.0, tokens_per_step=144)
-    model, tokens, targets = model_and_batch()
-    train.fill_schedule(settings, ALONE, model, lambda step: [{"tokens": tokens, "targets": targets}], train.next_token_loss)
-    assert settings.steps >= 1 and settings.warmup == settings.steps // 10
+def test_minutes_end_in_time_with_the_learning_rate_decayed(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "STARTED", time.time())
+    arguments = [a for a in SMALL if a not in ("--steps", "6")]
+    train.main([*arguments, "--data", str(corpus), "--out", str(tmp_path / "run"), "--minutes", "0.15"])
+    assert time.time() - train.STARTED < 60
+    rates = [*events(tmp_path / "run", "lr").values()]
+    assert len(rates) > 20 and max(rates) > 0.7 * 0.003 and rates[-1] < 0.3 * 0.003
 
 
 def test_importing_train_does_nothing(tmp_path):

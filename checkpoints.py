@@ -1,0 +1,394 @@
+"""Checkpoints on disk: any published one as a model, and the run directory of a training.
+
+`load_checkpoint` finds out which model a checkpoint is and loads it; all scripts load through it.
+The model files let torch, safetensors and json raise what they raise; here it becomes one line.
+Then what a run directory holds: what readers open, and resume/resume.pt.
+"""
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import json
+import os
+import pickle
+import re
+import struct
+import tempfile
+import time
+import typing
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import tokenizer as text
+
+MODELS = {"gpt": ("gpt", "GPT"), "llama3": ("llama3", "Llama3"), "glm4": ("glm4", "GLM4"),
+          "rwkv6": ("rwkv6", "RWKV6"),
+          **{f"rwkv{n}": (f"lineage.rwkv{n}", f"RWKV{n}") for n in (2, 3, 4, 5)}}
+MODEL_TYPES = {"gpt2": "gpt", "llama": "llama3", "chatglm": "glm4", "glm": "glm4", "glm4": "glm4",
+               **{f"rwkv{n}": f"rwkv{n}" for n in (2, 3, 4, 5, 6)}}      # of config.json -> ours
+
+
+def model_parts(name: str):
+    """(class, config class, SIZES) of a model by its name in MODELS."""
+    module, class_name = MODELS[name]
+    module = importlib.import_module(module)
+    return getattr(module, class_name), getattr(module, class_name + "Config"), module.SIZES
+
+
+RWKVS = (                                    # the first whose pattern a name and a shape match
+    (r"att\.(k_k|x_r) ", "an RWKV-7"),
+    (r"att\.time_maa_rkvw_w1 ", "a variant of RWKV-6, x060b or x060c"),
+    (r"att\.gate_w1 ", "a variant of RWKV-6, x060a"),
+    (r"\.ffnPre\.", "an RWKV whose first block has ffnPre"),
+    (r"\.tiny_|att\.qq\.", "an RWKV with attention beside its time mixing (tiny_ or att.qq)"),
+    (r"\.pos_emb_", "an RWKV for images, with pos_emb"),
+    (r"\.attention\.time_", "an RWKV in the Hugging Face layout"),
+    (r"att\.time_maa_x ", "rwkv6"),
+    (r"att\.ln_x\.weight ", "rwkv5"),
+    (r"att\.time_mix \(", "rwkv2"),
+    (r"att\.time_decay \(\d+, 1\)", "rwkv3"),
+    (r"att\.time_decay ", "rwkv4"),
+)
+
+
+def identify_rwkv(path: Path) -> str:
+    """Which RWKV a .pth holds, or the one in a folder: names and shapes of its tensors tell."""
+    files = sorted(path.glob("*.pth")) if path.is_dir() else [path]
+    if len(files) > 1:
+        raise ValueError(f"{path} holds several models, {', '.join(file.name for file in files)}: "
+                         "give the path of one")
+    if not files:
+        raise FileNotFoundError(f"{path} has no config.json that names a model of ours, nor a .pth")
+    tensors = read_pickle(files[0])
+    lines = [f"{name} {tuple(getattr(tensor, 'shape', ()))}" for name, tensor in tensors.items()]
+    found = next((what for pattern, what in RWKVS
+                  if any(re.search(pattern, line) for line in lines)),
+                 f"no RWKV, no model of ours: it holds {', '.join(lines[:3])}")
+    if found not in ("rwkv2", "rwkv3") and "head_q.weight" in tensors:
+        found = "an RWKV with headQK, which is known of RWKV-2 and RWKV-3 only"
+    if found not in MODELS:
+        raise ValueError(f"{path} is {found}; RWKV-2 to RWKV-6 are supported")
+    return found
+
+
+def identify(path: Path) -> str:
+    """Which of our models a checkpoint is: its config tells, or the names of its tensors."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or folder")
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise ValueError(f"{path} is an adapter: python finetune.py --merge --init-from {path} "
+                         "--out NEW makes a checkpoint of it")
+    folder = path if path.is_dir() else path.parent
+    if path.suffix == ".pt" or (path / "ckpt.pt").exists():
+        return "gpt"
+    meta = (folder / "params.json").exists() or any(folder.glob("consolidated.*.pth"))
+    if meta and not (folder / "config.json").exists():
+        return "llama3"
+    stated = None
+    if (folder / "config.json").exists() and path.suffix != ".pth":
+        stated = read_json(folder / "config.json").get("model_type")
+        if stated not in MODEL_TYPES:
+            raise ValueError(f"{folder}/config.json is of model_type {stated!r}, none of "
+                             + ", ".join(MODEL_TYPES))
+        if not stated.startswith("rwkv"):
+            return MODEL_TYPES[stated]
+    found = identify_rwkv(path)
+    if stated not in (None, found):
+        raise ValueError(f"{path} is {found}, but its config.json has model_type {stated!r}")
+    return found
+
+
+def locate(path: str | Path) -> Path:
+    """A folder or file as it is; a repository's id, as openai-community/gpt2: where it lies."""
+    path = Path(path)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):
+        with contextlib.suppress(ImportError):          # without the package it is a missing folder
+            from huggingface_hub import snapshot_download
+            return Path(snapshot_download(path.as_posix()))
+    return path
+
+
+def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrides):
+    """The model in a checkpoint, whichever of ours it is: a folder, a file or a repository's id.
+
+    overrides: config fields that the file states wrongly. Whatever is wrong with the checkpoint is
+    a ValueError or OSError of one line; running out of memory passes.
+    """
+    path = locate(path)
+    with readable(path):
+        name = identify(path)
+    with readable(path, re.sub(r"(RWKV)", r"\1-", MODELS[name][1])):
+        model_class, config_class, _ = model_parts(name)
+        folder = path if path.is_dir() else path.parent
+        if (folder / "config.json").exists():
+            check_fields(config_class, read_json(folder / "config.json"), folder / "config.json")
+        unknown = set(overrides) - {spec.name for spec in dataclasses.fields(config_class)}
+        if unknown:
+            raise ValueError(f"{config_class.__name__} has no field {', '.join(sorted(unknown))}")
+        check_fields(config_class, overrides, config_class.__name__)
+        return model_class.from_pretrained(path, device, dtype, **overrides)
+
+
+@contextlib.contextmanager
+def readable(path: Path, kind: str = ""):
+    """Turns what reading a damaged or foreign file raises into one line; the cause is chained.
+
+    It translates the exceptions that torch.load, safetensors, json and our loaders are known to
+    raise for such files, and no others: a fault of ours should not read as a damaged file.
+    """
+    damage = [OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
+              ArithmeticError, AssertionError, pickle.UnpicklingError, struct.error,
+              zipfile.BadZipFile]
+    with contextlib.suppress(ImportError):
+        from safetensors import SafetensorError
+        damage.append(SafetensorError)
+    try:
+        yield
+    except tuple(damage) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        reason = re.sub(r"\x1b\[[\d;]*m", "", " ".join(str(error).split()))[:300]
+        pointers = [file for file in ([path] if path.is_file() else sorted(path.glob("*.*")))
+                    if is_pointer(file)]
+        if pointers:
+            reason = f"{pointers[0]} is a pointer to the weights: run `git lfs pull` to get them"
+        elif isinstance(error, OSError) and error.filename:
+            reason = f"{error.filename}: {error.strerror}"
+        elif "loading state_dict" in reason:
+            reason = f"{path} does not fit its config: {reason}"
+        elif type(error) is KeyError:
+            reason = f"{path}{kind and f', taken for {kind},'} lacks {reason}"
+        elif isinstance(error, (TypeError, AttributeError, ArithmeticError)):
+            reason = f"{path} states what does not fit ({type(error).__name__}: {reason})"
+        elif type(error) not in (ValueError, FileNotFoundError):
+            reason = f"{path} is damaged, or no file of tensors ({type(error).__name__}: {reason})"
+        elif str(path) not in reason:
+            reason = f"{path}: {reason}"
+        raise (type(error) if type(error) is FileNotFoundError else ValueError)(reason) from error
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether git-lfs left a pointer where the file should be."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(9) == b"version h"
+
+
+def check_fields(config_class: type, values: dict, where) -> None:
+    """ValueError that names the first value which its config field cannot hold; None may be."""
+    types = typing.get_type_hints(config_class)
+    for name, value in values.items():
+        kinds = typing.get_args(types.get(name)) or (types.get(name),)
+        kinds = {typing.get_origin(kind) or kind for kind in kinds}     # list[int]: list
+        fits = type(value) in kinds or (float in kinds and type(value) is int)
+        if name in types and value is not None and not fits:
+            wanted = " or ".join(sorted(kind.__name__ for kind in kinds - {type(None)}))
+            raise ValueError(f"{where}: {name} is {value!r}, but it takes {wanted}")
+
+
+def eos_tokens(config) -> list[int]:
+    """The config's eos_token_id, which may be an int, a list or None, as a list."""
+    stated = config.eos_token_id
+    return stated if isinstance(stated, list) else [] if stated is None else [stated]
+
+
+def config_values(config_class: type, assignments: list[str]) -> dict:
+    """--config field=value ...: each value is read as JSON where it is some, else as text."""
+    known, values = {spec.name for spec in dataclasses.fields(config_class)}, {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--config takes field=value, not {assignment!r}")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(f"--config {assignment}: {config_class.__name__} has no field {name}"
+                             + (f", but {near[0]}" if near else ""))
+        try:
+            value = json.loads(value)
+        except ValueError:
+            pass
+        values[name] = value
+    check_fields(config_class, values, "--config")
+    return values
+
+
+def check_vocabulary(config, tokenizer) -> None:
+    """ValueError if the tokenizer has tokens that the model has not."""
+    if config.vocab_size < tokenizer.vocab_size:
+        raise ValueError(f"the model has {config.vocab_size} ids, the tokenizer "
+                         f"{tokenizer.vocab_size}: it needs its own tokenizer")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a RuntimeError of torch means that memory ran out, on any device."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) \
+        or "out of memory" in str(error)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError or OSError of one line."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def read_pickle(path: Path) -> dict:
+    """The dict in a file of torch.save, mapped into memory; nothing in it is executed."""
+    with readable(path):
+        content = torch.load(path, map_location="cpu", weights_only=True,
+                             mmap=zipfile.is_zipfile(path))             # no zip before torch 1.6
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+        return content
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace a text file as a whole."""
+    Path(f"{path}.part").write_text(content, encoding="utf-8")
+    os.replace(f"{path}.part", path)
+
+
+# ----------------------------------------------------------------------------------- run directory
+
+
+def make_run_directory(out: str | None, name: str) -> Path:
+    """A new directory: the one asked for, if it holds nothing, or the next free out/NAME-N."""
+    if out is not None:
+        path = Path(out)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"--out {path} is not empty: --resume {path} goes on with a run, "
+                             "another --out starts one")
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+    for n in range(1, 10**6):
+        with contextlib.suppress(FileExistsError):
+            path = Path("out", name if n == 1 else f"{name}-{n}")
+            path.mkdir(parents=True)
+            return path
+
+
+def publish(model, tokenizer, settings, out: Path) -> None:
+    """Write what readers open: weights in the published layout, tokenizer, settings, picture."""
+    model.save_pretrained(out)
+    tokenizer.save(out, model_max_length=model.config.context)
+    write_text(out / "generation_config.json", json.dumps(
+        {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id,
+         "pad_token_id": model.config.pad_token_id, "do_sample": True, "temperature": 0.8},
+        indent=2) + "\n")
+    write_settings(settings, out)
+    draw_log(out)
+
+
+def write_settings(settings, out: Path) -> None:
+    """settings.json: what `--settings FILE` repeats."""
+    values = {name: value for name, value in dataclasses.asdict(settings).items()
+              if name not in ("out", "resume", "settings")}
+    write_text(out / "settings.json", json.dumps(values, indent=2) + "\n")
+
+
+def save_resume(out: Path, settings, run, tokenizer, key: str, config,
+                **state) -> None:
+    """Replace resume/resume.pt, complete in itself: a kill leaves the old one or the new one."""
+    files = {name: content.decode("latin-1") for name, content in tokenizer.files().items()}
+    path = out / "resume" / "resume.pt"
+    path.parent.mkdir(exist_ok=True)
+    torch.save({**state, "settings": dataclasses.asdict(settings), "tokenizer": files, "data": key,
+                "config": dataclasses.asdict(config), "chat_format": tokenizer.chat_format,
+                "world": run.world, "spent": time.time() - run.started}, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def load_resume(asked: str) -> tuple[Path, dict]:
+    """(run directory, what save_resume wrote there); ValueError or OSError of one line."""
+    out = Path(asked)
+    if out.is_file():                        # resume.pt itself
+        out = out.parent.parent if out.parent.name == "resume" else out.parent
+    files = (out / "resume" / "resume.pt", out / "resume.pt")           # the latter: older runs
+    found = next((file for file in files if file.exists()), None)
+    if found is None:
+        raise FileNotFoundError(f"--resume {out}: no resume/resume.pt there, nothing was saved yet")
+    saved = read_pickle(found)
+    if "eos_token_id" not in saved.get("config", {}):
+        raise ValueError(f"{found} was written by an earlier version, whose optimiser had other "
+                         f"groups: train on from its weights with --init-from {out}")
+    return out, saved
+
+
+def resume_settings(kind: type, saved: dict, asked, given: set[str], out: Path,
+                    harmless: set[str]):
+    """The run's own settings; what was given beside --resume may not change the result."""
+    settings = kind(**saved["settings"])
+    if "steps" in given and settings.steps and asked.steps > settings.steps == saved["step"]:
+        raise ValueError(f"--steps {asked.steps} would change the result: {out} is finished and its "
+                         "learning rate has fallen; to train on from its weights: --init-from "
+                         f"{out} --steps {asked.steps - settings.steps}")
+    for name in given - {"resume"}:
+        if name not in harmless and getattr(asked, name) != getattr(settings, name):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(asked, name)} would change the "
+                             f"result: {out} was started with {getattr(settings, name)}")
+        setattr(settings, name, getattr(asked, name))
+    settings.resume, settings.out = str(out), str(out)
+    return settings
+
+
+def saved_tokenizer(saved: dict):
+    """The tokenizer inside a resume.pt."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in saved["tokenizer"].items():
+            Path(folder, name).write_bytes(content.encode("latin-1"))
+        tokenizer = text.load_tokenizer(folder)
+    tokenizer.chat_format = saved["chat_format"]
+    return tokenizer
+
+
+def measured(out: Path, name: str) -> dict[int, float]:
+    """step -> value of one measure in log.jsonl; of a repeated step, the last."""
+    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return {event["step"]: event[name] for event in map(json.loads, lines) if name in event}
+
+
+def draw_log(out: Path) -> None:
+    """loss.png of what log.jsonl has, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    train, val = measured(out, "loss"), measured(out, "val_loss")
+    others = {name: found for name in ("accuracy", "reward") if (found := measured(out, name))}
+    figure, panels = pyplot.subplots(1 + len(others), figsize=(7, 4 + 2 * len(others)), sharex=True,
+                                     squeeze=False, layout="constrained")
+    axes, *more = panels[:, 0]
+    axes.plot(list(train), list(train.values()), lw=0.8, label="training")
+    if val:
+        axes.plot(list(val), list(val.values()), "o-", label="validation")
+    axes.set(ylabel="loss (nats)", title=out.name)
+    axes.legend()
+    for panel, (name, found) in zip(more, others.items()):
+        panel.plot(list(found), list(found.values()), "o-", color="C1")
+        panel.set(ylabel=f"validation: {name}")
+    panels[-1, 0].set(xlabel="step")
+    figure.savefig(out / "loss.png.part", format="png", dpi=120)
+    pyplot.close(figure)
+    os.replace(out / "loss.png.part", out / "loss.png")
+
+
+def curve(losses: list[float], columns: int = 72, rows: int = 8) -> str:
+    """The losses as a curve of characters, for a terminal without pictures."""
+    means = [piece.mean() for piece in np.array_split(losses, min(columns, len(losses)))]
+    low, high = min(means), max(means)
+    level = [round((mean - low) / max(high - low, 1e-9) * (rows - 1)) for mean in means]
+    lines = ["".join("*" if at == row else " " for at in level) for row in reversed(range(rows))]
+    marks = [f"{high:8.3f}", *[" " * 8] * (rows - 2), f"{low:8.3f}"]
+    return "\n".join(f"{mark} |{line}" for mark, line in zip(marks, lines))
+
+
