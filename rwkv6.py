@@ -9,8 +9,8 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
     logits = ln_out(x) W_head
 
     time_mix(x), with x' the vector of the token before:
-        l_w, l_k, l_v, l_r, l_g = tanh((x + maa_x (x' - x)) maa_w1)     five low-rank vectors
-        x_k = x + (maa_k + l_k maa_w2) (x' - x)                 likewise x_w, x_v, x_r, x_g
+        m_w, m_k, m_v, m_r, m_g = tanh((x + maa_x (x' - x)) maa_w1) maa_w2      five low ranks
+        x_k = x + (maa_k + m_k) (x' - x)                        likewise x_w, x_v, x_r, x_g
         w = -exp(decay + tanh(x_w decay_w1) decay_w2)           log of the decay
         r, k, v = x_r W_receptance, x_k W_key, x_v W_value      split into H heads of D channels
         y_t = r_t (S + diag(u) k_tᵀ v_t);  S <- diag(e^w_t) S + k_tᵀ v_t        S: (D, D), from 0
@@ -23,7 +23,7 @@ trained in parallel like a Transformer and runs as an RNN. What is different fro
 
 * no attention: each head sums up its past in a matrix S of keys by values, which the query r reads.
   No positions, no limit to the context, and the millionth token costs what the tenth did;
-* how much is kept of each row of S, a channel of the key, is computed from the token;
+* how much is kept of each row of S, e^w of a channel of the key, is computed from the token;
 * "token shift": what a matrix reads is a mix of this token's vector and the one before, in time
   mixing by shares that are computed from the token too;
 * the MLP is a squared ReLU behind a gate; the only biases are those of norms;
@@ -57,7 +57,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHUNK = 64                                   # tokens whose weights on each other are one matrix
+CHUNK = 64                                   # tokens that read each other by one matrix
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ def wkv6_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
 
 def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
          S0: Tensor) -> tuple[Tensor, Tensor]:
-    """`wkv6_loop` as matrix products, in fp32 (or fp64) as in all official kernels: bf16 would lose
-    what a long memory adds up."""
+    """The same as `wkv6_loop` by matrix products, in fp32 (or fp64) like all official kernels: in
+    bf16, what a long memory adds up would be lost."""
     dtype = torch.promote_types(r.dtype, torch.float32)
     r, k, v, w, u, S = (x.to(dtype) for x in (r, k, v, w, u, S0))
     with torch.autocast("cpu" if r.is_meta else r.device.type, enabled=False):  # "meta" has none
@@ -148,16 +148,16 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
 def wkv6_chunks(r, k, v, w, u, S):
     """`wkv6` for any T. Tokens of one chunk read each other by a matrix A, the rest through S.
 
-    A[t, s] is what token t reads of token s. It starts as the diagonal, the bonus, and is made by
-    doubling. Neighbouring blocks of h tokens become one of 2 h; the digit is the step that fills:
+    A[t, s] is the weight of token s in y_t. It begins as the diagonal, with the bonus; then blocks
+    of h tokens are joined in pairs to blocks of 2 h. A digit is the step that fills the place:
 
         0 . . .         0 . . .         0 . . .         r1 k0ᵀ: the later block reads the earlier.
-        . 0 . .         1 0 . .         1 0 . .         r has the decay since its block began, k
-        . . 0 .   ->    . . 0 .   ->    2 2 0 .         that until its block ends: the product has
-        . . . 0         . . 1 0         2 2 1 0         all between the two tokens.
+        . 0 . .         1 0 . .         1 0 . .         r carries the decay since its block began,
+        . . 0 .   ->    . . 0 .   ->    2 2 0 .         k that until its block ends: together, all
+        . . . 0         . . 1 0         2 2 1 0         the decay between the two tokens.
 
-    Every factor of a decay is <= 1: however strong it is, nothing overflows. (It would in a single
-    product for the whole chunk, of r_t e^(w_1 + ... + w_t-1) and k_s e^-(w_1 + ... + w_s).)
+    All factors are <= 1, so nothing overflows, however strong the decay. (In one product for the
+    whole chunk, r_t e^(w_1 + ... + w_t-1) times k_s e^-(w_1 + ... + w_s), the second does.)
     """
     T = r.shape[2]
     size = CHUNK if T >= CHUNK else 1 << (T - 1).bit_length()           # a power of 2
@@ -192,15 +192,15 @@ class TimeMix(nn.Module):
 
     def __init__(self, config: RWKV6Config):
         super().__init__()
-        C, D = config.n_embd, config.head_size
-        H = self.heads = C // D
+        C, H, D = config.n_embd, config.n_embd // config.head_size, config.head_size
+        self.heads = H
         self.time_maa_x = nn.Parameter(torch.empty(1, 1, C))            # shares of the token before
         self.time_maa_w = nn.Parameter(torch.empty(1, 1, C))
         self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))
         self.time_maa_v = nn.Parameter(torch.empty(1, 1, C))
         self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))
         self.time_maa_g = nn.Parameter(torch.empty(1, 1, C))
-        self.time_maa_w1 = nn.Parameter(torch.empty(C, 5 * config.mix_lora))    # of w, k, v, r, g
+        self.time_maa_w1 = nn.Parameter(torch.empty(C, 5 * config.mix_lora))    # (w, k, v, r, g)
         self.time_maa_w2 = nn.Parameter(torch.empty(5, config.mix_lora, C))
         self.time_decay = nn.Parameter(torch.empty(1, 1, C))            # log(-w)
         self.time_decay_w1 = nn.Parameter(torch.empty(C, config.decay_lora))
@@ -249,8 +249,8 @@ class ChannelMix(nn.Module):
     def __init__(self, config: RWKV6Config):
         super().__init__()
         C = config.n_embd
-        self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))            # shares of the
-        self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))            # previous token
+        self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))            # shares of the token before
+        self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))
         self.key = nn.Linear(C, config.dim_ffn, bias=False)
         self.receptance = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(config.dim_ffn, C, bias=False)
@@ -366,8 +366,8 @@ class RWKV6(nn.Module):
         return State(like.new_zeros(batch_size, dtype=torch.int64), last, last.clone(), wkv)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay (and a tuned
-        state), not the LoRAs.
+        """Every parameter once, in groups for torch.optim.AdamW: as the authors have it, the weights of
+        layers and a tuned state decay, time_decay learns twice as fast.
 
         Two keys are for train.py, AdamW ignores them: `lr_scale`, the authors' factor of the
         learning rate, and `hidden_matrix`, true for the 2-D matrices inside the blocks.
@@ -543,10 +543,9 @@ def read_pth(path: Path) -> tuple[RWKV6Config, dict[str, Tensor]]:
     if stated.get("model_type", "rwkv6") != "rwkv6":
         raise ValueError(f"{path} has model_type {stated['model_type']!r}, not 'rwkv6'")
     V, C = tensors["emb.weight"].shape
-    bonus = tensors["blocks.0.att.time_faaaa"].squeeze()                # (H, D)
     sizes = dict(vocab_size=V, n_embd=C, dim_ffn=len(tensors["blocks.0.ffn.key.weight"]),
                  n_layer=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
-                 head_size=bonus.shape[-1],
+                 head_size=tensors["blocks.0.att.time_faaaa"].squeeze().shape[-1],
                  mix_lora=tensors["blocks.0.att.time_maa_w1"].shape[1] // 5,
                  decay_lora=tensors["blocks.0.att.time_decay_w1"].shape[1],
                  tuned_state="blocks.0.att.time_state" in tensors)
