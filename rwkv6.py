@@ -9,7 +9,7 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
     logits = ln_out(x) W_head
 
     time_mix(x), with x' the vector of the token before:
-        m_w, m_k, m_v, m_r, m_g = tanh((x + maa_x (x' - x)) maa_w1) maa_w2      five low ranks
+        m_w, m_k, m_v, m_r, m_g = tanh((x + maa_x (x' - x)) maa_w1) maa_w2      low-rank, five parts
         x_k = x + (maa_k + m_k) (x' - x)                        likewise x_w, x_v, x_r, x_g
         w = -exp(decay + tanh(x_w decay_w1) decay_w2)           log of the decay
         r, k, v = x_r W_receptance, x_k W_key, x_v W_value      split into H heads of D channels
