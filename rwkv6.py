@@ -366,8 +366,8 @@ class RWKV6(nn.Module):
         return State(like.new_zeros(batch_size, dtype=torch.int64), last, last.clone(), wkv)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Every parameter once, in groups for torch.optim.AdamW. As the authors have it, matrices of
-        layers (not the LoRAs) and a tuned state decay, and time_decay learns twice as fast.
+        """Every parameter once, in groups for torch.optim.AdamW. As the authors have it, matrices
+        (not the LoRAs) and a tuned state decay, and time_decay learns twice as fast.
 
         Two keys are for train.py, AdamW ignores them: `lr_scale`, the authors' factor of the
         learning rate, and `hidden_matrix`, true for the 2-D matrices inside the blocks.
