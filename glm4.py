@@ -11,7 +11,7 @@ each block reads the residual stream x (T, C) and adds to it twice:
         x = x + N((SiLU(h W_gate) * h W_up) W_down)     h = norm(x) again; SwiGLU, a gated MLP
     logits = norm(x) W_head
 
-    norm(x) = x / √(mean(x²) + ε) * weight              RMSNorm, over the channels
+    norm(x) = x / √(mean(x²) + ε) * weight              RMSNorm; torch's rounds last, as theirs does
     SiLU(x) = x / (1 + exp(-x))
     rotate, at position t, turns neighbours (a, b) = (2j, 2j + 1) among the first R of D channels:
         (a cos φ - b sin φ, a sin φ + b cos φ)          φ = t ω_j,  ω_j = rope_theta^(-2j/R)
@@ -21,8 +21,7 @@ each block reads the residual stream x (T, C) and adds to it twice:
 
 What differs from GPT-2 (gpt.py):
 
-* positions are rotations of half of each head of q and k (RoPE); for longer contexts the authors
-  raised `rope_theta`, by their rope_ratio;
+* positions are rotations of half of each head of q and k (RoPE); long contexts, other rope_theta;
 * RMSNorm subtracts no mean and has no bias; GLM-4-0414 also norms what each half of a block adds;
 * all heads of q share 2 (or 4) heads of k and v, for a smaller cache (drawn in llama3.py);
 * the MLP is gated, with gate and up in one matrix; the head is a matrix of its own;
@@ -80,7 +79,7 @@ class GLM4Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not name.endswith(("_id", "_bias", "_norms", "_word_embeddings")) and not value > 0:
+            if type(value) is not bool and not name.endswith("_id") and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}: it must be positive")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide "
@@ -120,8 +119,8 @@ SIZES = {                                    # context, hidden_size, layers, H, 
 
 
 def inverse_frequency(config: GLM4Config, dtype: torch.dtype = torch.float32) -> Tensor:
-    """ω: (R/2,) on the CPU, the angle in radians by which each pair turns per position, in the
-    order of the official code: at position 10^6, fp32 is up to 0.03 off, elsewhere otherwise."""
+    """ω: (R/2,) on the CPU, the angle in radians by which each pair turns per position, computed in
+    the order of the official code: at position 10^6, rounding in fp32 alone turns by up to 0.03."""
     R = int(config.head_dim * config.partial_rotary_factor)
     return 1.0 / config.rope_theta ** (torch.arange(0, R, 2, dtype=dtype, device="cpu") / R)
 
@@ -187,8 +186,8 @@ class Block(nn.Module):
     def __init__(self, config: GLM4Config):
         super().__init__()
         C, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = nn.RMSNorm(C, eps)           # as the authors, torch applies the
-        self.self_attn = Attention(config)                  # weight before it rounds
+        self.input_layernorm = nn.RMSNorm(C, eps)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(C, eps)  # its published name: before the MLP
         self.mlp = MLP(config)
         N = nn.RMSNorm if config.sandwich_norms else nn.Identity
@@ -453,8 +452,7 @@ class GLM4(nn.Module):
         kind = "Glm4" if self.config.sandwich_norms else "Glm"
         config = dict(architectures=[f"{kind}ForCausalLM"], model_type=kind.lower(),
                       torch_dtype=str(self.lm_head.weight.dtype).removeprefix("torch."),
-                      **asdict(self.config))
-        del config["sandwich_norms"]                                    # the kind says it
+                      hidden_act="silu", **asdict(self.config))
         save_file(tensors, f"{weights}.part", {"format": "pt"})
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         os.replace(f"{weights}.part", weights)
@@ -527,25 +525,23 @@ def read_tensors(path: Path):
 
 
 FIELDS = {                                   # config.json of the original layout: our field
-    "padded_vocab_size": "vocab_size", "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size", "num_layers": "num_hidden_layers",
-    "num_attention_heads": "num_attention_heads", "multi_query_group_num": "num_key_value_heads",
+    "padded_vocab_size": "vocab_size", "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers", "multi_query_group_num": "num_key_value_heads",
     "kv_channels": "head_dim", "seq_length": "max_position_embeddings",
     "layernorm_epsilon": "rms_norm_eps", "add_qkv_bias": "attention_bias",
 }
-RENAMED = {                                  # its names of tensors: Hugging Face's, and ours
-    "transformer.embedding.word_embeddings.": "model.embed_tokens.",
-    "transformer.encoder.layers.": "model.layers.", "transformer.output_layer.": "lm_head.",
-    "transformer.encoder.final_layernorm.": "model.norm.",
-    "self_attention.dense.": "self_attn.o_proj.", "self_attention.query_": "self_attn.query_",
-    "mlp.dense_h_to_4h.": "mlp.gate_up_proj.", "mlp.dense_4h_to_h.": "mlp.down_proj.",
+RENAMED = {                                  # in its names of tensors: in ours, Hugging Face's
+    "transformer.embedding.word_embeddings": "model.embed_tokens", "transformer.encoder": "model",
+    "transformer.output_layer": "lm_head", "final_layernorm": "norm",
+    "self_attention.dense": "self_attn.o_proj", "self_attention": "self_attn",
+    "dense_h_to_4h": "gate_up_proj", "dense_4h_to_h": "down_proj",
 }
 
 
 def to_config(stated: dict) -> GLM4Config:
     """Our config from the config.json of any layout."""
-    stated |= stated.get("rope_parameters") or stated.get("rope_scaling") or {}
-    stated = {name: value for name, value in stated.items() if value is not None}
+    rope = stated.get("rope_parameters") or stated.get("rope_scaling") or {}
+    stated = {name: value for name, value in {**stated, **rope}.items() if value is not None}
     stated.setdefault("rope_type", stated.get("type", "default"))
     for name, *plain in (("model_type", "chatglm", "glm", "glm4"), ("hidden_act", "silu"),
                          ("rmsnorm", True), ("post_layer_norm", True), ("add_bias_linear", False),
@@ -557,7 +553,7 @@ def to_config(stated: dict) -> GLM4Config:
     if stated["model_type"] == "chatglm":
         stated = {"rope_ratio": 1, "add_qkv_bias": False, **stated}
         stated |= {ours: stated[theirs] for theirs, ours in FIELDS.items()}
-        stated["rope_theta"] = 10000.0 * stated["rope_ratio"]           # positions stay
+        stated["rope_theta"] = 10000.0 * stated["rope_ratio"]           # not the positions
     stated["sandwich_norms"] = stated["model_type"] == "glm4"
     return GLM4Config(**{f.name: stated[f.name] for f in fields(GLM4Config) if f.name in stated})
 
@@ -576,8 +572,8 @@ def to_ours(tensors, config: GLM4Config):
 
 
 def dequantised(tensors, bits: int | None):
-    """Yield the tensors, ChatGLM3's own int8 and int4 (two columns a byte, the even one high) as
-    what they stand for: a row is its integers times its scale (its quantization.py)."""
+    """Yield the tensors, ChatGLM3's int8 and int4 (two columns a byte, the even one high) as what
+    they stand for: each row of integers times its scale (quantization.py beside its model)."""
     halves = {}                              # integers and scales whose other half is yet to come
     for name, tensor in tensors:
         base = name.removesuffix("_scale")
@@ -586,8 +582,7 @@ def dequantised(tensors, bits: int | None):
         elif base not in halves:
             halves[base] = tensor
         else:
-            other = halves.pop(base)
-            q, scale = (tensor, other) if name == base else (other, tensor)
+            scale, q = sorted((tensor, halves.pop(base)), key=Tensor.dim)   # (rows,), a matrix
             if bits == 4:
                 q = torch.stack((q >> 4, q << 4 >> 4), dim=-1).flatten(-2)  # the sign comes along
             yield base, q * scale.view(len(q), 1)
