@@ -130,21 +130,22 @@ def conversation(row: dict, reply: str = "completion") -> list[dict]:
 
     A reply that is a list of messages may begin with what was asked.
     """
-    def messages(key, role):
-        value = row.get(key)
-        return [*value] if isinstance(value, list) else [
-            {"role": role, "content": strings(row, key)[0]}]
     asked = next((key for key in REPLY_TO if key in row), "prompt")
     said = reply if reply in row else REPLY_TO.get(asked, reply)
-    found = messages(said, "assistant") if said else []
-    whole = found and isinstance(found[0], dict) and found[0].get("role") != "assistant"
-    found = found if whole else messages(asked, "user") + found
-    if not found or not all(isinstance(message, dict) for message in found):
+    fields = {asked: "user"} | ({said: "assistant"} if said else {})
+    first = row[said][:1] if isinstance(row.get(said), list) else []
+    if first and isinstance(first[0], dict) and first[0].get("role") != "assistant":
+        del fields[asked]                    # the reply holds its prompt
+    messages = []
+    for key, role in fields.items():
+        messages += row[key] if isinstance(row.get(key), list) else [
+            {"role": role, "content": strings(row, key)[0]}]
+    if not messages or not all(isinstance(message, dict) for message in messages):
         where = row.get("where", "a row")
         raise ValueError(f"{where}: messages are [{{\"role\", \"content\"}}, ...]")
-    if asked == "instruction" and row.get("input") and not whole:
-        found[0] = {**found[0], "input": row["input"]}
-    return found
+    if "instruction" in fields and row.get("input"):
+        messages[0] = {**messages[0], "input": row["input"]}
+    return messages
 
 
 def chat_parts(tokenizer, messages: list[dict], where="") -> list[tuple[list[int], bool]]:
