@@ -1,51 +1,56 @@
 """RWKV-3 in one file: build it, train it, load the published weights, generate.
 
-A stack of blocks that read one residual stream and add to it:
+The whole forward pass. Each block reads the residual stream x (T, C) and adds to it twice:
 
     x = ln0(emb[token])
-    each block:  x += time_mix(ln1(x));  x += channel_mix(ln2(x))
-    logits = head(ln_out(x))
+    L times:
+        x = x + time_mix(ln1(x))
+        x = x + channel_mix(ln2(x))
+    logits = ln_out(x) W_head
 
-Trained in parallel like a Transformer, it runs as an RNN. As in RWKV-2, a token reads, in each
-channel, a mean of all values so far: token s weighs e^(k_s), which fades by e^w with each step:
+    time_mix(x), with x' the vector of the token before:
+        k = (mix_k x + (1 - mix_k) x') W_k;  v, r likewise, each with a mix of its own
+        k = min(k, 60)                                  60: e^k must not overflow
+        y_t = (Σ_{s<t} e^(k_s + (t-1-s) w) v_s + e^(k_t + u) v_t) / (the same without v, + ε)
+        return (σ(r) y) W_o                             w = -e^time_decay, u: one per channel
+    channel_mix(x), k and r as above:
+        return σ(r) (relu(k)² W_v)
 
-    y_t = (sum of e^(k_s + (t-1-s) w) v_s over s < t, + e^(u + k_t) v_t) / (that without v, + eps)
+So y_t is, in each channel, a weighted mean of the values so far: token s weighs e^(k_s), times e^w
+for each step since; the current token has the bonus u. All there is to remember are x' and two
+sums: trained in parallel like a Transformer, it runs as an RNN, and a token costs the same after
+ten tokens as after a million. What changed from RWKV-2, and why:
 
-What changed from RWKV-2, and why:
-
-* each matrix reads a blend of its own of this token and the one before it, where RWKV-2 had one
-  for all: a key can look at the last two tokens while the gate looks at the newest;
-* the stream itself is not normed, only what is read from it (pre-norm), so that gradients pass
+* each matrix reads its own blend of this token and the one before, where RWKV-2 had one blend for
+  all of them: a key can look at both tokens while the gate looks at this one;
+* the residual stream is no longer normed itself, only what is read from it, so that gradients pass
   through many layers unchanged; the embedding is normed once, by ln0.
 
-    B batch   T time   C channels (n_embd)   L layers   V vocabulary
-    M the most ids that a state can hold, if there is headQK; D its size (head_qk)
+headQK, an option that no published model has, helps to copy names: with h = ln_out(x), it adds
+head_q(h_t) · head_k(h_s) / D to the logit of token s at position t, for every s <= t.
 
-headQK, an option of some models: the head also compares each position with all before it, and adds
-to the logits of the ids seen there: (head_q h_t) (head_k h_s) / D. It helps to copy names.
+    B batch   T time   C channels (n_embd)   L layers   V vocabulary
+    M state capacity in tokens, with headQK only; D its key size (head_qk)
 
 References: BlinkDL/RWKV-LM@524481d RWKV-v3/src/model.py; BlinkDL/RWKV-v2-RNN-Pile@32c282a
-RWKV-v3/src/model.py. On the scan: Blelloch 1990, "Prefix Sums and Their Applications".
+RWKV-v3/src/model.py. On the scan: Blelloch 1990, "Prefix Sums and Their Applications". Loads and
+writes the official .pth of RWKV-3; sizes are read from its shapes.
 
-Loads and writes the official .pth of RWKV-3, a folder or the file alone; sizes are read from it.
-
-    model = RWKV3.from_pretrained("RWKV-3-Pile-169M.pth")       # or RWKV3(SIZES["169m"]), untrained
-    logits = model(torch.tensor([[510, 3158]]))                 # (B, T) ids -> (B, T, V)
+    model = RWKV3.from_pretrained("RWKV-3-Pile-169M.pth",   # or RWKV3(SIZES["169m"]), untrained
+                                  eos_token_id=0)           # ends a text: files do not state it
     [new] = model.generate([[510, 3158]], 20, temperature=0.8, top_p=0.5, seed=1)
-    model.save_pretrained("copy")                               # the official code opens it
+    model.save_pretrained("copy")                           # the official code opens it
+    tokens = torch.tensor([[510, 3158, 310, 247]])          # (B, T); to train on them:
+    F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    torch.optim.AdamW(model.parameter_groups(weight_decay=0.0), **model.OPTIMIZER).step()
 """
-import argparse
-import contextlib
 import itertools
 import json
 import math
 import os
-import re
-import sys
-import time
-import zipfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,44 +59,39 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class RWKV3Config:
-    """Sizes of an RWKV-3. Its checkpoints state none: they are read from the tensors' shapes."""
+    """Sizes of an RWKV-3. Official files do not state them: they are read from the shapes."""
     vocab_size: int = 50277
     n_embd: int = 768
     n_layer: int = 12
     dim_ffn: int = 3072
-    k_clamp: float = 60.0                    # k is cut there: e^k must not overflow
-    k_eps: float = 1e-8                      # added to the denominator: it must not be 0
-    head_qk: int = 0                         # size of headQK; 0: none
+    k_clamp: float = 60.0                    # larger k are cut off: e^k must not overflow
+    k_eps: float = 1e-8                      # ε, against 0 / 0
+    head_qk: int = 0                         # key size of headQK; 0: none
     ctx_len: int = 1024                      # how far back headQK looks; nothing else has a limit
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-    pad_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_embd", "n_layer", "dim_ffn", "ctx_len"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
-        if type(self.head_qk) is not int or self.head_qk < 0:
-            raise ValueError(f"head_qk must be 0 or a positive integer, not {self.head_qk!r}")
-        for name, most in (("k_clamp", 80), ("k_eps", 1)):              # e^88 is the last in fp32
-            if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) <= most:
-                raise ValueError(f"{name} must be in (0, {most}], not {getattr(self, name)!r}")
+        for name, value in vars(self).items():
+            if name in ("vocab_size", "n_embd", "n_layer", "dim_ffn", "ctx_len") and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+        if self.head_qk < 0 or not 0 < self.k_clamp <= 80 or not 0 < self.k_eps <= 1:
+            raise ValueError(f"head_qk {self.head_qk} must not be negative, k_clamp {self.k_clamp} "
+                             f"in (0, 80] (fp32 ends at e^88), k_eps {self.k_eps} in (0, 1]")
 
     @property
     def context(self) -> None:
-        """The most ids that the model can see: no limit."""
+        """The longest sequence that the model can process, in tokens: there is no limit."""
         return None
 
     @classmethod
     def sized(cls, layers: int, width: int, vocab_size: int, context: int) -> "RWKV3Config":
-        """RWKV-3 of this depth and width: an MLP four times as wide.
-
-        The context is no size of this model.
-        """
-        return cls(vocab_size, width, layers, 4 * width)
+        """RWKV-3 of this depth and width, `dim_ffn` four times the width; `context` is not used."""
+        return cls(vocab_size, width, layers, dim_ffn=4 * width)
 
 
-END = dict(eos_ids=(0,))                     # ends a text
+END = dict(eos_token_id=0)                   # in the Pile's vocabulary
 SIZES = {
     "169m": RWKV3Config(**END),                                                 # 169,342,464
     "430m": RWKV3Config(50277, 1024, 24, 4096, **END),                          # 430,397,440
@@ -99,62 +99,11 @@ SIZES = {
 }
 
 
-@dataclass
-class State:
-    """What a batch remembers: for every layer, four vectors in fp32.
-
-    headQK remembers more: a key of every id, in the parameters' dtype. Without it, M is 0.
-    """
-    position: Tensor                         # (B,) int64: how many ids each row has seen
-    att_x: Tensor                            # (B, L, C): the last input of time mixing
-    ffn_x: Tensor                            # (B, L, C): the last input of channel mixing
-    wkv: Tensor                              # (B, L, 2, C): the sums p, q
-    head_k: Tensor                           # (B, M, D): keys of headQK
-    ids: Tensor                              # (B, M) int64: the ids they are of
-
-    @property
-    def max_tokens(self) -> int | None:
-        """M, the most ids it can hold; None where there is no limit."""
-        return self.ids.shape[1] or None
-
-    # --- state: the same in every model file (tests/test_same.py) ---
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name; each has the batch as its first axis."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def rows(self, start: int, stop: int) -> "State":
-        """A view of some rows: writing to it writes to this state."""
-        return type(self)(**{name: tensor[start:stop] for name, tensor in self.tensors().items()})
-
-    def clone(self) -> "State":
-        """A copy that shares nothing: clone before you branch."""
-        return type(self)(**{name: tensor.clone() for name, tensor in self.tensors().items()})
-
-    def save(self, path: str | Path) -> None:
-        """Write the state to one safetensors file, replaced as a whole; OSError if that fails."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-        try:
-            save_file({name: t.contiguous() for name, t in self.tensors().items()}, f"{path}.part")
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from None
-        os.replace(f"{path}.part", path)
-
-    @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> "State":
-        """Read what `save` wrote; ValueError or OSError if the file is anything else."""
-        tensors = {name: tensor.to(device, copy=True) for name, tensor in read_tensors(path)}
-        if set(tensors) != {field.name for field in fields(cls)}:
-            raise ValueError(f"{path} is no state of this model: it holds {', '.join(tensors)}")
-        return cls(**tensors)
-    # --- end of state ---
-
-
 def previous(x: Tensor, last: Tensor | None) -> Tensor:
-    """(B, T, C) -> (B, T, C): at each position the vector of the one before it.
+    """(B, T, C) -> (B, T, C): at each position the vector of the token before ("token shift").
 
-    The first reads `last` (B, C), which becomes the newest, or zeros. What was there is data: under
-    autograd, gradients reach x and nothing before it.
+    The first position reads `last` (B, C), which is overwritten with the last of x, or zeros.
+    Earlier tokens are constants: gradients flow only into x.
     """
     if last is None:
         return F.pad(x, (0, 0, 1, -1))
@@ -163,35 +112,40 @@ def previous(x: Tensor, last: Tensor | None) -> Tensor:
     return shifted
 
 
+def wkv3_loop(k: Tensor, v: Tensor, w: Tensor, u: Tensor, S0: Tensor,
+              eps: float) -> tuple[Tensor, Tensor]:
+    """What time mixing computes of k, v: (B, T, C), token by token. It defines `wkv3`.
+
+    w <= 0, the log of the decay, and u, the bonus of the current token: (C,). S0: (B, 2, C), the
+    state to begin with. Returns y: (B, T, C) and the state after the last token. It holds p and q,
+    the sums with and without v.
+    """
+    (p, q), y = S0.unbind(1), []
+    for t in range(k.shape[1]):
+        new, now = k[:, t].exp(), (u + k[:, t]).exp()
+        y.append((p + now * v[:, t]) / (q + now + eps))
+        p, q = w.exp() * p + new * v[:, t], w.exp() * q + new
+    return torch.stack(y, 1), torch.stack([p, q], 1)
+
+
 def wkv3(k: Tensor, v: Tensor, w: Tensor, u: Tensor, S0: Tensor,
          eps: float) -> tuple[Tensor, Tensor]:
-    """The recurrence over a sequence, all of it at once; for each channel and position t:
-
-        y_t = (p + e^(u+k_t) v_t) / (q + e^(u+k_t) + eps)
-        p <- e^w p + e^(k_t) v_t;  q <- e^w q + e^(k_t)
-
-    k, v: (B, T, C), no k so large that e^k overflows; w <= 0, the log of the decay, and u, bonus of
-    the current token: (C,); S0: (B, 2, C), the p and q to begin with. Returns y: (B, T, C) and the
-    last p and q. In fp32 (or fp64), as all official kernels compute it.
-    """
+    """`wkv3_loop` for all tokens at once, in fp32 (or fp64), as all official kernels compute it."""
     dtype = torch.promote_types(k.dtype, torch.float32)
     k, v, w, u, S0 = (x.to(dtype) for x in (k, v, w, u, S0))
-    device = k.device.type                   # "meta" has no autocast to turn off
-    with (torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device)
-          else contextlib.nullcontext()):
-        e = k.exp()
-        new = torch.stack([e * v, e], 2)                                # (B, T, 2, C)
-        S = sums(torch.cat([S0[:, None], new], 1), w)
-        p, q = S[:, :-1].unbind(2)                                      # before each token
-        now = u.exp() * e
-        y = (p + now * v) / (q + now + eps)
-    return y, S[:, -1]
+    new = k.exp()
+    now = u.exp() * new
+    S = torch.cat([S0[:, None], torch.stack([new * v, new], 2)], 1)     # (B, 1 + T, 2, C)
+    S = sums(S, w)
+    p, q = S[:, :-1].unbind(2)                                          # before each token
+    return (p + now * v) / (q + now + eps), S[:, -1]
 
 
 def sums(x: Tensor, w: Tensor) -> Tensor:
-    """x_t <- x_t + e^w x_(t-1) along (B, T, 2, C): a scan of log T steps, 2 T sums in all.
+    """x_t <- x_t + e^w x_{t-1} along (B, T, 2, C), in log T steps.
 
-    Neighbours are joined, the pairs summed up by the same scan; what ends between pairs is added.
+    Two neighbours are one step with decay e^(2 w). So half as many steps, done the same way, give
+    every second result; one more step from each gives those in between.
     """
     T = x.shape[1]
     if T == 1:
@@ -203,18 +157,6 @@ def sums(x: Tensor, w: Tensor) -> Tensor:
     return torch.stack([x0, x1], 2).flatten(1, 2)[:, :T]
 
 
-def copied(logits: Tensor, q: Tensor, k: Tensor, ids: Tensor, positions: Tensor,
-           window: int) -> Tensor:
-    """headQK: logits (B, T, V), to which each id seen adds how well its key fits the query.
-
-    q: (B, T, D), at `positions` (B, T); k: (B, M, D) and ids: (B, M), of the positions from 0 on.
-    A query sees itself and what is before it, `window` ids in all; no softmax (RWKV_HEAD_QK_DIM).
-    """
-    past = positions[..., None] - torch.arange(k.shape[1], device=k.device)     # (B, T, M)
-    fit = (q @ k.mT / q.shape[-1]).masked_fill((past < 0) | (past >= window), 0.0)
-    return logits.scatter_add(2, ids[:, None].expand_as(fit), fit.to(logits.dtype))
-
-
 class TimeMix(nn.Module):
     """What attention is elsewhere: tokens read the past, here as one weighted mean per channel."""
 
@@ -222,33 +164,27 @@ class TimeMix(nn.Module):
         super().__init__()
         C = config.n_embd
         self.clamp, self.eps = config.k_clamp, config.k_eps
-        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))            # mix: the share of this
-        self.time_mix_v = nn.Parameter(torch.empty(1, 1, C))            # token in what each matrix
-        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))            # reads
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))            # mix_k: share of this token
+        self.time_mix_v = nn.Parameter(torch.empty(1, 1, C))            # mix_v
+        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))            # mix_r
         self.time_decay = nn.Parameter(torch.empty(C, 1))               # log(-w)
-        self.time_first = nn.Parameter(torch.empty(C, 1))               # u: bonus of the newest
+        self.time_first = nn.Parameter(torch.empty(C, 1))               # u
         self.receptance = nn.Linear(C, C, bias=False)
         self.key = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(C, C, bias=False)
         self.output = nn.Linear(C, C, bias=False)
 
-    def first_state(self, batch_size: int) -> Tensor:
-        """p and q before the first token, (B, 2, C) fp32: sums of nothing."""
-        return self.time_decay.new_zeros((batch_size, 2, len(self.time_decay)), dtype=torch.float32)
-
-    def blends(self, x, last):
-        """What k, v and r read, (B, T, C) each: blends of x and its predecessor."""
-        gap = previous(x, last) - x
-        return [x + gap * (1 - getattr(self, f"time_mix_{name}")) for name in "kvr"]
-
     def forward(self, x, last, S):
-        xk, xv, xr = self.blends(x, last)
-        w = -torch.exp(self.time_decay.float())                 # bf16 cannot tell 0.999 from 1
-        r, k, v = torch.sigmoid(self.receptance(xr)), self.key(xk), self.value(xv)
-        k = k.clamp(max=self.clamp)
-        S0 = self.first_state(len(x)) if S is None else S.clone() if torch.is_grad_enabled() else S
-        y, end = wkv3(k, v, w[:, 0], self.time_first[:, 0], S0, self.eps)
-        if S is not None:
+        gap = previous(x, last) - x                                     # (B, T, C)
+        r = torch.sigmoid(self.receptance(x + gap * (1 - self.time_mix_r)))
+        k = self.key(x + gap * (1 - self.time_mix_k)).clamp(max=self.clamp)
+        v = self.value(x + gap * (1 - self.time_mix_v))
+        w = -torch.exp(self.time_decay[:, 0].float())           # bf16 cannot tell 0.999 from 1
+        u = self.time_first[:, 0]
+        if S is None:
+            y, _ = wkv3(k, v, w, u, k.new_zeros(len(k), 2, len(w)), self.eps)
+        else:                                # S is overwritten: autograd has to keep a copy
+            y, end = wkv3(k, v, w, u, S.clone() if torch.is_grad_enabled() else S, self.eps)
             S.copy_(end.detach())
         return self.output(r * y.to(r.dtype))
 
@@ -258,20 +194,21 @@ class ChannelMix(nn.Module):
 
     def __init__(self, config: RWKV3Config):
         super().__init__()
-        self.time_mix_k = nn.Parameter(torch.empty(1, 1, config.n_embd))    # shares of this
-        self.time_mix_r = nn.Parameter(torch.empty(1, 1, config.n_embd))    # token
-        self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
-        self.receptance = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
+        C = config.n_embd
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, C))            # mix_k
+        self.time_mix_r = nn.Parameter(torch.empty(1, 1, C))            # mix_r
+        self.key = nn.Linear(C, config.dim_ffn, bias=False)
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(config.dim_ffn, C, bias=False)
 
     def forward(self, x, last):
-        gap = previous(x, last) - x
-        k = F.relu(self.key(x + gap * (1 - self.time_mix_k))) ** 2
+        gap = previous(x, last) - x                                     # (B, T, C)
+        k = F.relu(self.key(x + gap * (1 - self.time_mix_k))) ** 2      # (B, T, dim_ffn)
         return torch.sigmoid(self.receptance(x + gap * (1 - self.time_mix_r))) * self.value(k)
 
 
 class Block(nn.Module):
-    """Time mixing, then channel mixing: each reads the normed stream and adds to it."""
+    """Time mixing, then channel mixing: each reads the normed residual stream and adds to it."""
 
     def __init__(self, config: RWKV3Config, first: bool):
         super().__init__()
@@ -288,10 +225,27 @@ class Block(nn.Module):
         return x + self.ffn(self.ln2(x), ffn_x)
 
 
+class State(NamedTuple):
+    """What a batch remembers, updated in place: four vectors per layer, in fp32.
+
+    headQK remembers more: the key of each token, in the parameters' dtype. Without it, M is 0.
+    """
+    position: Tensor                         # (B,) int64: number of tokens seen, row by row
+    att_x: Tensor                            # (B, L, C): the last input of time mixing
+    ffn_x: Tensor                            # (B, L, C): the last input of channel mixing
+    wkv: Tensor                              # (B, L, 2, C): p, q of `wkv3_loop`
+    head_k: Tensor                           # (B, M, D): keys of headQK
+    ids: Tensor                              # (B, M) int64: the tokens they belong to
+
+    @property
+    def capacity(self) -> float:
+        """The number of tokens that fit: M with headQK, else any."""
+        return self.ids.shape[1] or math.inf
+
+
 class RWKV3(nn.Module):
-    """RWKV-3: (B, T) ids -> (B, T, V) logits. Parameters are named as in the published files."""
+    """RWKV-3: (B, T) tokens -> (B, T, V) logits. Parameters are named as in the published files."""
     OPTIMIZER = dict(betas=(0.9, 0.99), eps=4e-9)
-    L2WRAP = 0.0                             # the penalty on large logits came with RWKV-4
 
     def __init__(self, config: RWKV3Config):
         super().__init__()
@@ -309,191 +263,173 @@ class RWKV3(nn.Module):
     def initialise(self) -> None:
         """The authors' values (src/model.py): vectors by depth and channel, matrices orthogonal."""
         L, C, V = self.config.n_layer, self.config.n_embd, self.config.vocab_size
-        h, D = torch.arange(C), self.config.head_qk
+        h = torch.arange(C)
         ramp = h / max(C - 1, 1)                                        # 0 to 1 over the channels
         wave = 0.5 * ((h + 1) % 3 - 1)
         nn.init.orthogonal_(self.emb.weight, gain=1e-4 * max(V, C) ** 0.5)
         nn.init.orthogonal_(self.head.weight, gain=0.5 * max(V / C, 1) ** 0.5)
-        if D:
+        if self.config.head_qk:
             self.head_q.weight.zero_()
-            nn.init.orthogonal_(self.head_k.weight, gain=0.1 * max(D / C, 1) ** 0.5)
+            nn.init.orthogonal_(self.head_k.weight, 0.1 * max(self.config.head_qk / C, 1) ** 0.5)
         for i, block in enumerate(self.blocks):
-            deep = i / max(L - 1, 1)                                    # from 0 to 1
+            depth = i / max(L - 1, 1)                                   # 0 to 1 over the layers
             mix = (h / C) ** (1 - i / L)
             att, ffn = block.att, block.ffn
             for parameter, value in (
-                    (att.time_mix_k, mix), (att.time_mix_v, mix + 0.3 * deep),
+                    (att.time_mix_k, mix), (att.time_mix_v, mix + 0.3 * depth),
                     (att.time_mix_r, mix ** 0.5),
-                    (att.time_decay, (-5 + 8 * ramp ** (0.7 + 1.3 * deep))[:, None]),
+                    (att.time_decay, (-5 + 8 * ramp ** (0.7 + 1.3 * depth))[:, None]),
                     (att.time_first, (math.log(0.3) + wave)[:, None]),
                     (ffn.time_mix_k, mix), (ffn.time_mix_r, mix)):
                 parameter.copy_(value)
-            for zero in (att.key, att.receptance, att.output, ffn.value, ffn.receptance):
-                zero.weight.zero_()
+            for matrix in (att.key, att.receptance, att.output, ffn.value, ffn.receptance):
+                matrix.weight.zero_()
             for matrix in (att.value, ffn.key):
                 rows, columns = matrix.weight.shape
                 nn.init.orthogonal_(matrix.weight, gain=max(rows / columns, 1) ** 0.5)
 
-    def new_state(self, batch_size: int, max_tokens: int | None = None) -> State:
-        """An empty memory for `batch_size` rows of any number of ids: `max_tokens` is ignored.
-
-        With headQK each row has room for `max_tokens` ids (ctx_len, if that is None).
-        """
-        config, like = self.config, self.emb.weight
-        last = like.new_zeros(batch_size, config.n_layer, config.n_embd, dtype=torch.float32)
-        wkv = torch.stack([block.att.first_state(batch_size) for block in self.blocks], 1)
-        room = (max_tokens or config.ctx_len) if config.head_qk else 0
-        return State(like.new_zeros(batch_size, dtype=torch.int64), last.detach(),
-                     last.detach().clone(), wkv.detach(),
-                     like.new_zeros(batch_size, room, config.head_qk).detach(),
-                     like.new_zeros(batch_size, room, dtype=torch.int64))
-
     def hidden(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, C) after the final norm.
+        """(B, T) tokens -> (B, T, C) after the final norm.
 
-        With a state, the ids go on from what it has seen, and it advances by T. ValueError if it
-        has other rows, or headQK and no room.
+        With a state, the tokens continue the sequence that it has seen, and it advances by T.
+        ValueError if they do not fit, which only headQK requires.
         """
-        if state is not None and len(tokens) != len(state.position):
+        if state is not None and len(state.position) != len(tokens):
             raise ValueError(f"{len(tokens)} rows of tokens, but a state of {len(state.position)}")
-        if state is not None and state.max_tokens and not torch.compiler.is_compiling():
-            end = tokens.shape[1] + int(state.position.max())           # reads a number back
-            if end > state.max_tokens:
-                raise ValueError(f"{end} tokens do not fit: the state holds {state.max_tokens}")
+        copying = state is not None and self.config.head_qk > 0
+        if copying and not torch.compiler.is_compiling():   # this forces a GPU synchronisation
+            end = int(state.position.max()) + tokens.shape[1]
+            if end > state.capacity:
+                raise ValueError(f"{end} tokens do not fit: the state holds {state.capacity}")
         x = self.emb(tokens)                                            # (B, T, C)
         for i, block in enumerate(self.blocks):
-            memory = None if state is None else (state.att_x[:, i], state.ffn_x[:, i],
-                                                 state.wkv[:, i])
-            x = block(x, memory)
+            x = block(x, None if state is None else
+                      (state.att_x[:, i], state.ffn_x[:, i], state.wkv[:, i]))
         x = self.ln_out(x)
+        if copying:
+            k = self.head_k(x).detach().to(state.head_k.dtype)          # (B, T, D)
+            positions = state.position[:, None] + torch.arange(k.shape[1], device=k.device)
+            state.head_k.scatter_(1, positions[..., None].expand_as(k), k)
+            state.ids.scatter_(1, positions, tokens)
         if state is not None:
-            state.position += tokens.shape[1]
-            if self.config.head_qk:
-                where = self.newest(tokens.shape[1], state)
-                state.head_k[where] = self.head_k(x).detach().to(state.head_k.dtype)
-                state.ids[where] = tokens
+            state.position.add_(tokens.shape[1])
         return x
 
-    def newest(self, count: int, state: State) -> tuple[Tensor, Tensor]:
-        """Rows (B, 1) and positions (B, T) of the last `count` ids that a state has seen."""
-        back = torch.arange(-count, 0, device=state.position.device)
-        return torch.arange(len(state.position), device=back.device)[:, None], \
-            state.position[:, None] + back
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, V): the head. ValueError with headQK, which reads the tokens too."""
+        if self.config.head_qk:
+            raise ValueError("headQK needs the tokens, not only their hidden vectors: call the "
+                             "model itself")
+        return self.head(hidden)
 
-    def logits(self, hidden: Tensor, state: State | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, V): the head; with headQK, `hidden` of the newest ids of the state.
-
-        ValueError if headQK has no state: it needs what came before.
-        """
-        logits = self.head(hidden)
-        if not self.config.head_qk:
-            return logits
-        if state is None:
-            raise ValueError("headQK reads what came before, which hidden vectors do not tell: "
-                             "call the model itself, or give its state")
-        rows, positions = self.newest(hidden.shape[1], state)
-        q, keys, ids = self.head_q(hidden), state.head_k.to(hidden.dtype), state.ids
-        if torch.is_grad_enabled():                                     # in the state they are data
-            keys = keys.index_put((rows, positions), self.head_k(hidden).to(keys.dtype))
-            ids = ids.clone()
-        return copied(logits, q, keys.to(q.dtype), ids, positions, self.config.ctx_len)
-
-    def forward(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, V): logits of every position."""
+    def forward(self, tokens: Tensor, state: State | None = None, last: bool = False) -> Tensor:
+        """(B, T) tokens -> (B, T, V): logits of every position, or (B, 1, V) of the last one."""
         hidden = self.hidden(tokens, state)
-        if state is not None or not self.config.head_qk:
-            return self.logits(hidden, state)
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return copied(self.head(hidden), self.head_q(hidden), self.head_k(hidden), tokens,
-                      positions, self.config.ctx_len)
+        logits = self.head(hidden[:, -1:] if last else hidden)
+        return self.copied(logits, hidden, tokens, state) if self.config.head_qk else logits
 
-    def parameter_groups(self) -> list[dict]:
-        """Parameters for the optimiser, as the authors: all alike, and none decays."""
-        return [{"params": list(self.parameters()), "lr_scale": 1.0, "decay": False}]
+    def copied(self, logits: Tensor, hidden: Tensor, tokens: Tensor, state: State | None) -> Tensor:
+        """headQK: logits (B, T or 1, V), plus the score of each token seen on the logit of its own.
 
-    @classmethod
-    def from_pretrained(cls, path: str | Path, device: str = "cpu",
-                        dtype: torch.dtype | None = None, **overrides) -> "RWKV3":
-        """Read a checkpoint, folder or file, in the layout named on top; memory holds it once.
-
-        dtype None keeps the stored one. overrides: config fields that the file tells wrongly.
-        ValueError or OSError of one line if it is no such checkpoint.
+        A position sees itself and the tokens before it, ctx_len in all; there is no softmax.
         """
-        path = Path(path)
-        stored = dict(to_ours(read_tensors(path)))
-        config = read_config((path if path.is_dir() else path.parent) / "config.json")
-        config = replace(config, **read_sizes(stored, path))
-        unknown = set(overrides) - {field.name for field in fields(config)}
-        if unknown:
-            raise ValueError(f"RWKV3Config has no field {', '.join(sorted(unknown))}")
-        with torch.device("meta"):                                      # shapes, no memory
-            model = cls(replace(config, **overrides))
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        tensors = {name: fitted(tensor, shapes.get(name)).to(device, dtype)
-                   for name, tensor in stored.items() if name != "copy_mask"}
-        try:
-            model.load_state_dict(tensors, strict=True, assign=True)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{path} does not fit its config: {reason}") from None
-        return model.eval()
+        q, k = self.head_q(hidden[:, -logits.shape[1]:]), self.head_k(hidden)
+        steps = torch.arange(k.shape[1], device=k.device)
+        positions, ids = steps[None], tokens                            # (1, T), (B, T)
+        if state is not None:                # earlier keys are constants: gradients reach new ones
+            positions = state.position[:, None] - len(steps) + steps    # (B, T)
+            k = state.head_k.to(k.dtype).scatter(1, positions[..., None].expand_as(k), k)
+            ids = state.ids.clone()          # autograd keeps it, and the state is overwritten
+        ago = positions[:, -q.shape[1]:, None] - torch.arange(k.shape[1], device=k.device)
+        unseen = (ago < 0) | (ago >= self.config.ctx_len)
+        scores = (q @ k.mT / q.shape[-1]).masked_fill(unseen, 0.0)      # (B, T or 1, T or M)
+        return logits.scatter_add(2, ids[:, None].expand_as(scores), scores.to(logits.dtype))
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write model.pth in the official layout and a small config.json, each as a whole."""
-        weights, stated = Path(directory, "model.pth"), Path(directory, "config.json")
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(to_published(self.state_dict(), self.config), f"{weights}.part")
-        config = json.dumps(published_config(self.config, self.emb.weight.dtype), indent=2)
-        Path(f"{stated}.part").write_text(config + "\n", encoding="utf-8")
-        os.replace(f"{weights}.part", weights)
-        os.replace(f"{stated}.part", stated)
+    def new_state(self, batch_size: int, max_tokens: int | None = None) -> State:
+        """An empty state for `batch_size` rows; `max_tokens` is a limit only with headQK."""
+        c, like = self.config, self.emb.weight
+        last = like.new_zeros(batch_size, c.n_layer, c.n_embd, dtype=torch.float32)
+        capacity = (max_tokens or c.ctx_len) if c.head_qk else 0
+        return State(like.new_zeros(batch_size, dtype=torch.int64), last, last.clone(),
+                     last.new_zeros(batch_size, c.n_layer, 2, c.n_embd),
+                     like.new_zeros(batch_size, capacity, c.head_qk),
+                     like.new_zeros(batch_size, capacity, dtype=torch.int64))
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """Every parameter once, in groups for torch.optim.AdamW: as the authors, without decay.
+
+        Two keys are for train.py, AdamW ignores them: `lr_scale`, a factor of the learning rate,
+        and `hidden_matrix`, true for the 2-D matrices inside the blocks.
+        """
+        matrices, others = [], []
+        for name, p in self.named_parameters():
+            matrix = name.startswith("blocks.") and name.endswith(".weight") and p.dim() == 2
+            (matrices if matrix else others).append(p)
+        return [dict(params=matrices, weight_decay=0.0, lr_scale=1.0, hidden_matrix=True),
+                dict(params=others, weight_decay=0.0, lr_scale=1.0, hidden_matrix=False)]
 
     # --- generate: the same in every model file (tests/test_same.py) ---
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens: int, *, state: State | None = None,
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, *, state: State | None = None,
                  temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-                 stop=(), seed: int | None = None, on_token=None) -> list[list[int]]:
-        """Continue each prompt; returns the new ids of each, the stop id left out.
+                 stop=None, seed: int | None = None, on_token=None) -> list[list[int]]:
+        """Continue each prompt, a list of tokens; returns the new tokens of each.
 
-        prompts: lists of ids, of any lengths. temperature 0 takes the likeliest id, else `sample`.
-        state: go on from it (one prompt only), advancing it; the last id drawn is not in it.
-        stop: ids that end a row. on_token(row, id) is called for every id drawn, the stop id too.
-        A row also ends when prompt and new ids fill the context. ValueError if that cannot be done.
+        A row ends at a token in `stop` (None: the config's eos_token_id), which is left out, or
+        when its context is full. temperature 0 is greedy, otherwise see `probabilities`.
+        on_token(row, token) is called for every token drawn, the stop token too. state: continue
+        this cached sequence (one prompt only) and leave it advanced; the last token drawn has not
+        been fed to it. Dropout is off meanwhile. ValueError, before any work, if it cannot be done.
         """
+        c, context = self.config, self.config.context or math.inf
+        seen = sorted(itertools.chain(*prompts))
+        if not seen or not all(prompts):
+            raise ValueError("an empty prompt: begin with the token that begins a text")
+        if seen[0] < 0 or seen[-1] >= c.vocab_size:
+            raise ValueError(f"prompt tokens from {seen[0]} to {seen[-1]}, but the vocabulary has "
+                             f"0 to {c.vocab_size - 1}: is this the model's own tokenizer?")
+        if (max_new_tokens < 0 or not temperature >= 0 or (top_k is not None and top_k < 1)
+                or (top_p is not None and not 0 <= top_p <= 1)):
+            raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
+                             f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        context = self.config.context or 2**62
-        check_request(prompts, past, context, self.config.vocab_size, max_new_tokens, temperature,
-                      top_k, top_p)
         limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        need = past + max(len(p) + max(limit - 1, 0) for p, limit in zip(prompts, limits))
+        needed = past + max(len(p) + max(limit - 1, 0) for p, limit in zip(prompts, limits))
         if state is None:
-            state = self.new_state(len(prompts), need)
+            state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
             raise ValueError(f"{len(prompts)} prompts and a state of {len(state.position)} rows: "
-                             "going on from a state takes one of each")
-        elif need > (state.max_tokens or need):
-            raise ValueError(f"{need} tokens do not fit into a state made for {state.max_tokens}: "
-                             "give new_state a larger max_tokens, or ask for fewer")
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        logits = self.read_prompts([prompts[row] for row in order], state)   # (B, V), in `order`
+                             "continuing a state takes one of each")
+        if needed > min(context, state.capacity):
+            raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
+                             f"the state was made for {state.capacity}")
+        if stop is None:
+            stop = c.eos_token_id if isinstance(c.eos_token_id, (list, tuple)) else [c.eos_token_id]
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
-        new, going = [[] for _ in prompts], {row for row in order if limits[row]}
-        while going:
-            ids = sample(logits, temperature, top_k, top_p, generator).tolist()
-            for row, drawn in zip(order, ids):
-                if row in going:
-                    if drawn not in stop:
-                        new[row].append(drawn)
-                    if drawn in stop or len(new[row]) == limits[row]:
-                        going.remove(row)
-                    if on_token is not None:
-                        on_token(row, drawn)
-            if going:
-                tokens = torch.tensor(ids, device=logits.device)[:, None]    # (B, 1)
-                ended = torch.tensor([row not in going for row in order], device=logits.device)
-                state.position -= ended.long()                               # they stay in place
-                logits = self.logits(self.hidden(tokens, state), state)[:, -1]
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        new, active = [[] for _ in prompts], {row for row in order if limits[row]}
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            logits = self.read_prompts([prompts[row] for row in order], state)   # (B, V)
+            while active:
+                tokens = sample(logits, temperature, top_k, top_p, generator)    # (B,)
+                for row, token in zip(order, tokens.tolist()):
+                    if row in active:
+                        if token not in stop:
+                            new[row].append(token)
+                        if token in stop or len(new[row]) == limits[row]:
+                            active.remove(row)
+                        if on_token is not None:
+                            on_token(row, token)
+                if active:                   # ended rows are fed too, but count no further
+                    ended = [row not in active for row in order]
+                    state.position.sub_(state.position.new_tensor(ended))
+                    logits = self(tokens[:, None], state, last=True)[:, 0]
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
         return new
 
     def read_prompts(self, prompts: list[list[int]], state: State) -> Tensor:
@@ -503,41 +439,55 @@ class RWKV3(nn.Module):
         """
         logits, start = [], 0
         for _, group in itertools.groupby(prompts, key=len):
-            tokens = torch.tensor(list(group), device=state.position.device)  # (b, length)
-            rows = state.rows(start, start + len(tokens))
+            tokens = torch.tensor(list(group), device=state.position.device)     # (b, length)
+            rows = state._make(tensor[start:start + len(tokens)] for tensor in state)
             for piece in tokens.split(512, dim=1):
-                hidden = self.hidden(piece, rows)
-            logits.append(self.logits(hidden[:, -1:], rows)[:, -1])
+                last = self(piece, rows, last=True)                              # (b, 1, V)
+            logits.append(last[:, 0])
             start += len(tokens)
         return torch.cat(logits)
     # --- end of generate ---
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str = "cpu",
+                        dtype: torch.dtype | None = None, **overrides) -> "RWKV3":
+        """Read an official .pth, or the one in a folder; only one copy in memory.
+
+        dtype None keeps the stored one. overrides: config fields that the file does not state.
+        A damaged file, or one of another model, raises what torch raises.
+        """
+        config, tensors = read_pth(Path(path))
+        with torch.device("meta"):                                      # shapes, no memory
+            model = cls(replace(config, **overrides))
+        weights = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+        for name, p in model.named_parameters():                        # some lack axes of length 1
+            if name in weights and weights[name].squeeze().shape == p.squeeze().shape:
+                weights[name] = weights[name].reshape(p.shape)
+        model.load_state_dict(weights, strict=True, assign=True)
+        return model.eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write model.pth in the official layout and config.json, each as a whole."""
+        weights, stated = Path(directory, "model.pth"), Path(directory, "config.json")
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        config = {"architectures": ["RWKV3"], "model_type": "rwkv3", "tie_word_embeddings": False,
+                  "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
+                  **asdict(self.config)}
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        if self.config.head_qk:              # the official code saves its mask of positions too
+            tensors["copy_mask"] = self.emb.weight.new_ones(2 * [self.config.ctx_len]).tril()
+        torch.save(tensors, f"{weights}.part")
+        Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        os.replace(f"{weights}.part", weights)
+        os.replace(f"{stated}.part", stated)
+
 
 # --- sample: the same in every model file (tests/test_same.py) ---
-def check_request(prompts, past, context, vocab_size, max_new_tokens, temperature, top_k, top_p):
-    """ValueError, before any work, for a call of `generate` that cannot be done."""
-    if not prompts or not all(prompts):
-        raise ValueError("an empty prompt: begin with the id that begins a text")
-    lowest, highest = min(map(min, prompts)), max(map(max, prompts))
-    longest = past + max(map(len, prompts))
-    for wrong, message in (
-            (lowest < 0 or highest >= vocab_size, f"prompt ids go from {lowest} to {highest}, the "
-             f"vocabulary from 0 to {vocab_size - 1}: is this the model's own tokenizer?"),
-            (longest > context, f"the prompt has {longest} tokens, the context of the model is "
-             f"{context}: shorten it"),
-            (max_new_tokens < 0, f"max_new_tokens is {max_new_tokens}: give 0 or more"),
-            (not temperature >= 0, f"temperature is {temperature}: give 0 (greedy) or more"),
-            (top_k is not None and top_k < 1, f"top_k is {top_k}: give 1 or more"),
-            (top_p is not None and not 0 <= top_p <= 1, f"top_p is {top_p}: give 0 to 1")):
-        if wrong:
-            raise ValueError(message)
-
-
 def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None):
-    """(B, V) logits -> (B, V) weights of being drawn: temperature, then top-k, then top-p.
+    """(B, V) logits -> (B, V) sampling probabilities: temperature, then top-k, then top-p.
 
-    Ties with the k-th largest stay. top-p keeps the likeliest ids up to and with the one whose mass
-    crosses p, as Meta's code does.
+    Ties with the k-th largest stay. top-p keeps the most likely tokens up to and including the one
+    that crosses p, as Meta's code does. What is left need not sum to 1.
     """
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -553,215 +503,40 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
            generator: torch.Generator) -> Tensor:
-    """(B, V) logits -> (B,) ids. Drawn on the CPU, so that a seed means the same everywhere."""
+    """(B, V) logits -> (B,) tokens, drawn on the CPU: a seed means the same on every device."""
     if not logits.amax().isfinite():
         raise ValueError("the logits hold NaN or infinity: damaged weights, or too narrow a dtype "
                          "(float16 overflows where bfloat16 does not)")
     if temperature == 0:
         return logits.argmax(-1)
     probs = probabilities(logits.float().cpu(), temperature, top_k, top_p)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    return torch.multinomial(probs, 1, generator=generator)[:, 0].to(logits.device)
 # --- end of sample ---
 
 
-# --- read_tensors: the same in every model file (tests/test_same.py) ---
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; ValueError or OSError of one line."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
+# ------------------------------------------ plumbing from here on: reading and writing checkpoints
 
-
-def read_pickle(path: Path) -> dict:
-    """The dict in a file of torch.save, mapped into memory; nothing in it is executed."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True,
-                             mmap=zipfile.is_zipfile(path))             # no zip before torch 1.6
-    except Exception as error:               # a damaged pickle can raise anything
-        if isinstance(error, OSError) and error.filename:
-            raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
-        raise ValueError(f"{path} is damaged, or no file of tensors ({reason})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
-    return content
-
-
-def read_tensors(path: str | Path):
-    """Yield (name, tensor) from a weight file, or a folder with one or with shards and an index.
-
-    Tensors are mapped from the file, not copied. ValueError or OSError of one line for any fault.
-    """
-    path = Path(path)
-    if path.is_dir():
-        kinds = ("model.safetensors.index.json", "model.safetensors",
-                 "pytorch_model.bin.index.json", "pytorch_model.bin", "*.pth")
-        found = [file for kind in kinds for file in sorted(path.glob(kind))]
-        if not found:
-            raise FileNotFoundError(f"{path} has no weights: none of {', '.join(kinds)}")
-        path = found[0]
-    files = {path: None}                     # file -> the names to read from it; None: all
-    if path.name.endswith(".index.json"):
-        files, places = {}, read_json(path).get("weight_map")
-        for name, file in places.items() if isinstance(places, dict) else [("weight_map", places)]:
-            if not isinstance(file, str) or Path(file).name != file or "\\" in file:
-                raise ValueError(f"{path} puts {name} into {file!r}, which is no file beside it")
-            files.setdefault(path.parent / file, []).append(name)
-    for file, names in files.items():
-        with open(file, "rb") as opened:
-            start = opened.read(9)
-        if start == b"version h":
-            raise ValueError(f"{file} is a pointer to the weights: run `git lfs pull` to get them")
-        if start[8:] == b"{":                # 8 bytes of length, then JSON: safetensors
-            from safetensors import SafetensorError, safe_open
-            try:
-                with safe_open(file, framework="pt") as content:
-                    for name in names or content.keys():
-                        yield name, content.get_tensor(name)
-            except SafetensorError as error:
-                raise ValueError(f"{file} is damaged: {error}") from None
-            continue
-        content = read_pickle(file)
-        if isinstance(content.get("model"), dict):                      # nanoGPT: beside its args
-            content = content["model"]
-        for name in names or content:
-            if not isinstance(content.get(name), Tensor):
-                raise ValueError(f"{file} has no tensor {name}: {type(content.get(name)).__name__}")
-            yield name, content[name]
-# --- end of read_tensors ---
-
-
-VERSIONS = (                                 # the first that a name and a shape match names it
-    (r"att\.(k_k|x_r) ", "an RWKV-7"),
-    (r"att\.time_maa_rkvw_w1 ", "a variant of RWKV-6, x060b or x060c"),
-    (r"att\.gate_w1 ", "a variant of RWKV-6, x060a"),
-    (r"\.ffnPre\.", "an RWKV whose first block has ffnPre"),
-    (r"\.tiny_|att\.qq\.", "an RWKV with attention beside its time mixing (tiny_ or att.qq)"),
-    (r"\.pos_emb_", "an RWKV for images, with pos_emb"),
-    (r"\.attention\.time_", "an RWKV in the Hugging Face layout"),
-    (r"att\.time_maa_x ", "an RWKV-6"),
-    (r"att\.ln_x\.weight ", "an RWKV-5"),
-    (r"att\.time_mix \(", "an RWKV-2"),
-    (r"att\.time_decay \(\d+, 1\)", "an RWKV-3"),
-    (r"att\.time_decay ", "an RWKV-4"),
-)
-
-
-def version(tensors: dict[str, Tensor]) -> str:
-    """Which RWKV these are the tensors of; they do not state it."""
-    seen = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()]
-    for pattern, what in VERSIONS:
-        if any(re.search(pattern, line) for line in seen):
-            return what
-    return f"no RWKV: it holds {', '.join(seen[:3])}"
-
-
-def to_ours(tensors):
-    """Yield (our name, our tensor) for each published one."""
-    for name, tensor in tensors:
-        yield name.removeprefix("_forward_module."), tensor             # DeepSpeed's prefix
-
-
-def to_published(tensors: dict[str, Tensor], config: RWKV3Config) -> dict[str, Tensor]:
-    """Ours are the published ones; with headQK, a mask of its positions is among these."""
-    published = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    if config.head_qk:
-        square = (config.ctx_len, config.ctx_len)
-        published["copy_mask"] = published["emb.weight"].new_ones(square).tril()
-    return published
-
-
-def fitted(tensor: Tensor, shape: torch.Size | None) -> Tensor:
-    """The tensor in this shape, if they differ by axes of length 1 only: files have them or not."""
-    bare = [[n for n in sizes if n != 1] for sizes in (tensor.shape, shape or ())]
-    return tensor.reshape(shape) if bare[0] == bare[1] else tensor
-
-
-def read_sizes(tensors: dict[str, Tensor], path: Path) -> dict:
-    """The sizes in RWKV3Config that shapes tell; ValueError if they are of another model."""
-    found = version(tensors)
-    if found != "an RWKV-3":
-        raise ValueError(f"{path} is {found}: only RWKV-3 is supported")
-    try:
-        vocab_size, n_embd = tensors["emb.weight"].shape
-        head_q, mask = tensors.get("head_q.weight"), tensors.get("copy_mask")
-        return dict(
-            vocab_size=vocab_size, n_embd=n_embd,
-            n_layer=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
-            dim_ffn=tensors["blocks.0.ffn.key.weight"].shape[0],
-            head_qk=0 if head_q is None else len(head_q),
-            ctx_len=RWKV3Config.ctx_len if mask is None else len(mask))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is {found} of which parts are missing: {error}") from None
-
-
-def read_config(path: Path) -> RWKV3Config:
-    """What a config.json adds, if there is one: k_clamp, k_eps and the special ids."""
-    stated = read_json(path) if path.exists() else {}
+def read_pth(path: Path) -> tuple[RWKV3Config, dict[str, Tensor]]:
+    """(config, tensors) of a .pth, or of the one in a folder. config.json beside it is optional."""
+    files = sorted(path.glob("*.pth")) if path.is_dir() else [path]
+    if len(files) != 1:
+        raise ValueError(f"{path} holds {[file.name for file in files]}: pass the path of one .pth")
+    tensors = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
+    tensors = {name.removeprefix("_forward_module."): tensor                # DeepSpeed's prefix
+               for name, tensor in tensors.items()}
+    beside = files[0].with_name("config.json")
+    stated = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
     if stated.get("model_type", "rwkv3") != "rwkv3":
-        raise ValueError(f"{path} says model_type = {stated['model_type']!r}: only 'rwkv3' is "
-                         "supported")
-    eos = stated.get("eos_token_id")
-    return RWKV3Config(
-        k_clamp=stated.get("k_clamp", RWKV3Config.k_clamp),
-        k_eps=stated.get("k_eps", RWKV3Config.k_eps),
-        bos_id=stated.get("bos_token_id"), pad_id=stated.get("pad_token_id"),
-        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
-
-
-def published_config(config: RWKV3Config, dtype: torch.dtype) -> dict:
-    """What config.json says of a model whose weights have this dtype: what shapes do not tell."""
-    eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
-    return {"architectures": ["RWKV3"], "model_type": "rwkv3", "tie_word_embeddings": False,
-            "k_clamp": config.k_clamp, "k_eps": config.k_eps,
-            "torch_dtype": str(dtype).removeprefix("torch."),
-            "bos_token_id": config.bos_id, "eos_token_id": eos, "pad_token_id": config.pad_id}
-
-
-# --- main: the same in every model file, but for the class (tests/test_same.py) ---
-def main() -> None:
-    """Continue a prompt, on the screen as it is written. chat.py does more."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("weights", help="a checkpoint: folder or file")
-    parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--tokenizer", help="folder, file or name, if not beside the weights")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
-    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this mass")
-    parser.add_argument("--seed", type=int, help="the same seed draws the same text")
-    parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them there is")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")                            # where a letter is unknown
-    here = [torch.cuda.is_available(), torch.backends.mps.is_available(), True]
-    device = args.device or ("cuda", "mps", "cpu")[here.index(True)]
-    times = []
-    try:
-        from tokenizer import load_tokenizer             # text needs it; generate() on ids does not
-        tokenizer = load_tokenizer(args.tokenizer or args.weights)
-        model = RWKV3.from_pretrained(args.weights, device, getattr(torch, args.dtype or "", None))
-        begin = args.prompt.rstrip(" ")                  # the space is a part of the next word
-        prompt, decoder = tokenizer.encode(begin), tokenizer.stream_decoder()
-        if tokenizer.bos_id is not None or not prompt:
-            prompt.insert(0, tokenizer.end_id if tokenizer.bos_id is None else tokenizer.bos_id)
-
-        def show(row, id):
-            times.append(time.perf_counter())
-            print(decoder.feed([id]) if id not in tokenizer.stop_ids else "", end="", flush=True)
-        print(begin, end="", flush=True)
-        model.generate([prompt], args.max_new_tokens, temperature=args.temperature, seed=args.seed,
-                       top_k=args.top_k, top_p=args.top_p, stop=tokenizer.stop_ids, on_token=show)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
-    print(f"{decoder.finish()}\n[{len(times)} tokens, {speed:.1f} tokens/s]")
-
-
-if __name__ == "__main__":
-    main()
-# --- end of main ---
+        raise ValueError(f"{path} has model_type {stated['model_type']!r}, not 'rwkv3'")
+    V, C = tensors["emb.weight"].shape
+    if tensors["blocks.0.att.time_decay"].shape != (C, 1):              # (C,) in RWKV-4, else alike
+        raise ValueError(f"{path} is not an RWKV-3: its time_decay is not (C, 1)")
+    sizes = dict(vocab_size=V, n_embd=C, dim_ffn=len(tensors["blocks.0.ffn.key.weight"]),
+                 n_layer=len({name.split(".")[1] for name in tensors if name[:7] == "blocks."}))
+    if "head_q.weight" in tensors:
+        sizes.update(head_qk=len(tensors["head_q.weight"]))
+        if "copy_mask" in tensors:
+            sizes.update(ctx_len=len(tensors.pop("copy_mask")))
+    known = {field.name: stated[field.name] for field in fields(RWKV3Config)
+             if stated.get(field.name) is not None}
+    return RWKV3Config(**{**known, **sizes}), tensors                   # shapes do not lie
