@@ -379,7 +379,9 @@ class SFT(Task):
         return {"rows": [made], "messages": messages} if made else None
 
     def measures(self, examples: list[dict]) -> dict:
+        self.eval()
         nats, count = self.total(lambda batch: torch.stack(self(batch)), examples)
+        self.train()                         # the only task with dropout
         return {"val_loss": nats / count}
 
     def sample(self, examples: list[dict]) -> str:
@@ -1000,7 +1002,6 @@ def open_task(settings: Settings, run: Run, tokenizer, model, rows: list[dict],
         add_lora(model, settings)
     head, file = {}, Path(settings.init_from, "head.safetensors")
     if settings.task == "classify" and not kept:
-        kept["labels"] = sorted({label_of(row) for row in rows}) if not file.exists() else []
         if file.exists():
             from safetensors import safe_open
             with readable(file), safe_open(file, framework="pt") as opened:
@@ -1008,6 +1009,8 @@ def open_task(settings: Settings, run: Run, tokenizer, model, rows: list[dict],
                 head = {name: opened.get_tensor(name) for name in opened.keys()}
         elif settings.predict:
             raise ValueError(f"--predict: {settings.init_from} has no head yet: train one first")
+        else:
+            kept["labels"] = sorted({label_of(row) for row in rows})
         if len(kept["labels"]) < 2:
             raise ValueError("two labels are needed, there is "
                              + (", ".join(kept["labels"]) or "none"))
@@ -1099,13 +1102,6 @@ def finetune(settings: Settings, given: set[str]) -> None:
             task.kept.update(round=now, drawn=task.rollouts(batches.chosen(now), step))
         return task.kept["drawn"]
 
-    def check(last):
-        was_training = task.training
-        task.eval()
-        measures = task.measures(held if last else held[:settings.eval_examples])
-        task.train(was_training)
-        return measures
-
     def save():
         if run.rank == 0:
             save_resume(run.out, settings, run, tokenizer, key, task.config, name=name, step=step,
@@ -1121,7 +1117,7 @@ def finetune(settings: Settings, given: set[str]) -> None:
             task.kept.pop("round", None)
         if saved["world"] != run.world:
             run.say(f"resume     not bit-exactly: started on {saved['world']} processes")
-    before = saved["before"] if saved else check(True)
+    before = saved["before"] if saved else task.measures(held)
     run.say("before     " + train.shown(before))
     if settings.eval_only:
         return
@@ -1163,7 +1159,7 @@ def finetune(settings: Settings, given: set[str]) -> None:
                                  f"after step {step} is saved; try a lower --lr")
             last = step >= pace.steps
             if last or train.due(settings.eval_every, 10, step, pace.steps):
-                after = check(last)
+                after = task.measures(held if last else held[:settings.eval_examples])
                 run.log(step=step, **after)
                 run.say("           validation: " + train.shown(after))
             if last or train.due(settings.sample_every, 4, step, pace.steps):
@@ -1176,7 +1172,7 @@ def finetune(settings: Settings, given: set[str]) -> None:
                         f"python finetune.py --resume {run.out}")
                 raise SystemExit(128 + stop)
     if not after:                            # all was done, but perhaps not published
-        after = check(True)
+        after = task.measures(held)
         save()
     for measure, value in after.items():
         run.say(f"{measure:<10} {before[measure]:.4f} -> {value:.4f}")
