@@ -331,6 +331,16 @@ def test_default_data_are_read_from_sources_without_importing_them(monkeypatch):
     assert "antigravity" not in sys.modules and set(sys.modules) == before
 
 
+def test_a_form_feed_does_not_shift_the_lines_of_a_source(tmp_path, monkeypatch):
+    """str.splitlines ends a line there, ast does not."""
+    half = b"def half(x):\r\n    y = x / 2\r\n    return y\r\n"
+    (tmp_path / "a.py").write_bytes(b"\x0c\n" + half + b"\x0c\ndef none():\n    pass\n")
+    (tmp_path / "b.py").write_bytes(b"# coding: latin-1\ndef \xe9(): '\xe9t\xe9'\n")
+    monkeypatch.setattr(train, "standard_library", lambda: [(n, tmp_path / n) for n in ("a.py", "b.py")])
+    assert finetune.header_rows() == [{"prompt": "def half(x):\n"}]
+    assert finetune.question_rows() == [{"instruction": "What does `b.é` do?", "output": "été"}]
+
+
 # --- padding ---
 
 @pytest.mark.parametrize("name", MODELS)
@@ -567,6 +577,33 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(task, more, base, tmp_path,
         whole / "model.safetensors").read_bytes()
 
 
+def test_ten_bad_steps_in_a_row_stop_the_run_and_the_last_good_one_is_saved(base, tmp_path, monkeypatch, capsys):
+    loss, calls = finetune.sft_loss, []
+
+    def broken(log_probs):
+        calls.append(torch.is_grad_enabled())
+        return loss(log_probs) * (math.inf if sum(calls) > 3 else 1.0)
+    monkeypatch.setattr(finetune, "sft_loss", broken)
+    with pytest.raises(SystemExit) as stopped:
+        start("sft", base("gpt"), tmp_path / "run", *toy_data("sft", tmp_path), "--steps", 30)
+    assert stopped.value.code == 2 and "step 3 is saved" in capsys.readouterr().err
+    _, saved = checkpoints.load_resume(tmp_path / "run")
+    assert saved["step"] == 3 and all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+def test_a_process_without_an_example_adds_nothing_to_a_measure(monkeypatch):
+    monkeypatch.setattr(train.Run, "sum", lambda run, *numbers: list(numbers))
+    found = []
+    for rank in range(3):
+        run, settings = train.Run(torch.device("cpu"), torch.float32, rank, 3), finetune.Settings(context=256, micro_batch=4)
+        tokenizer = text.Bytes()
+        tokenizer.chat_format = "alpaca"
+        task = finetune.SFT(settings, run, tokenizer, tiny("gpt"), {})
+        examples = task.prepare([{"prompt": "a", "completion": word} for word in ("b", "bcd")])
+        found.append(task.total(lambda batch: torch.stack(task(batch)), examples)[1])
+    assert found == [2, 4, 0]
+
+
 def test_two_processes_learn_what_one_learns(base, tmp_path):
     """On preferences, whose reference each process computes a part of."""
     data = [*toy_data("dpo", tmp_path), "--steps", 3]
@@ -679,6 +716,27 @@ def test_a_reward_is_executed_and_says_so(base, tmp_path, capsys):
     assert f"EXECUTES {tmp_path / 'reward.py'}" in capsys.readouterr().out
 
 
+# --- settings ---
+
+def test_flags_have_the_names_that_people_type_first():
+    settings, _ = train.parse_settings(finetune.Settings, ["--batch-size", "4", "--learning_rate=0.1", "--max-iters", "7"], "")
+    assert (settings.batch, settings.lr, settings.steps) == (4, 0.1, 7)
+
+
+def test_help_says_which_task_a_flag_belongs_to(capsys):
+    with pytest.raises(SystemExit):
+        finetune.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--beta FLOAT dpo: what leaving the start costs (0.1)" in shown
+    assert "--group INT grpo: completions of each prompt (8)" in shown
+
+
+def test_settings_json_repeats_a_run_to_the_same_bits(base, tmp_path):
+    first = start("sft", base("gpt"), tmp_path / "first", *toy_data("sft", tmp_path), "--steps", 2, "--lora", 2, "--merge")
+    finetune.main(["--settings", str(first / "settings.json"), "--out", str(tmp_path / "again")])
+    assert (first / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+
+
 # --- mistakes ---
 
 def test_a_mistake_is_one_line_that_says_what_to_do(base, tmp_path, capsys):
@@ -691,6 +749,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(base, tmp_path, capsys):
     assert "choose from sft, classify, dpo, grpo" in refused(capsys, "--task", "rl").replace("'", "")
     assert "unknown flag --layers" in refused(capsys, "--task", "sft", "--layers", 2)
     assert "did you mean --lora" in refused(capsys, "--task", "sft", "--lorra", 2)
+    assert "--steps and --epochs" in sft("--steps", 2, "--epochs", 1)
     assert "missing" in refused(capsys, "--task", "sft", "--init-from", tmp_path / "missing")
     assert "no such file" in sft("--data", tmp_path / "none.jsonl")
     assert "bad.jsonl cannot be read" in sft("--data", files(b'{"a": 1}\n{"a"'))
