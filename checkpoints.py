@@ -66,9 +66,9 @@ def identify_rwkv(path: Path) -> str:
     lines = [f"{name} {tuple(getattr(tensor, 'shape', ()))}" for name, tensor in tensors.items()]
     found = next((what for pattern, what in RWKVS
                   if any(re.search(pattern, line) for line in lines)),
-                 f"no model of ours: it holds {', '.join(lines[:3])}")
-    if found in ("rwkv4", "rwkv5", "rwkv6") and "head_q.weight" in tensors:
-        found = f"an {found.upper()} with headQK, which only RWKV-2 and RWKV-3 have"
+                 f"no RWKV, no model of ours: it holds {', '.join(lines[:3])}")
+    if found not in ("rwkv2", "rwkv3") and "head_q.weight" in tensors:
+        found = "an RWKV with headQK, which is known of RWKV-2 and RWKV-3 only"
     if found not in MODELS:
         raise ValueError(f"{path} is {found}; RWKV-2 to RWKV-6 are supported")
     return found
@@ -84,7 +84,8 @@ def identify(path: Path) -> str:
     folder = path if path.is_dir() else path.parent
     if path.suffix == ".pt" or (path / "ckpt.pt").exists():
         return "gpt"
-    if (folder / "params.json").exists() and not (folder / "config.json").exists():
+    meta = (folder / "params.json").exists() or any(folder.glob("consolidated.*.pth"))
+    if meta and not (folder / "config.json").exists():
         return "llama3"
     stated = None
     if (folder / "config.json").exists() and path.suffix != ".pth":
@@ -118,7 +119,9 @@ def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrid
     """
     path = locate(path)
     with readable(path):
-        model_class, config_class, _ = model_parts(identify(path))
+        name = identify(path)
+    with readable(path, re.sub(r"(RWKV)", r"\1-", MODELS[name][1])):
+        model_class, config_class, _ = model_parts(name)
         folder = path if path.is_dir() else path.parent
         if (folder / "config.json").exists():
             check_fields(config_class, read_json(folder / "config.json"), folder / "config.json")
@@ -130,7 +133,7 @@ def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrid
 
 
 @contextlib.contextmanager
-def readable(path: Path):
+def readable(path: Path, kind: str = ""):
     """Turns what reading a damaged or foreign file raises into one line; the cause is chained.
 
     It translates the exceptions that torch.load, safetensors, json and our loaders are known to
@@ -157,7 +160,9 @@ def readable(path: Path):
         elif "loading state_dict" in reason:
             reason = f"{path} does not fit its config: {reason}"
         elif type(error) is KeyError:
-            reason = f"{path} lacks {reason}, or is of another kind"
+            reason = f"{path}{kind and f', taken for {kind},'} lacks {reason}"
+        elif isinstance(error, (TypeError, AttributeError, ArithmeticError)):
+            reason = f"{path} states what does not fit ({type(error).__name__}: {reason})"
         elif type(error) not in (ValueError, FileNotFoundError):
             reason = f"{path} is damaged, or no file of tensors ({type(error).__name__}: {reason})"
         elif str(path) not in reason:

@@ -1,46 +1,61 @@
-"""Llama 3 in one file, with 3.1 and 3.2: build it, train it, load the published weights, generate.
+"""Llama 3, 3.1 and 3.2 in one file: build, train, load the published weights, generate.
 
-A stack of blocks that read one residual stream and add to it:
+The whole forward pass. Each block reads the residual stream x (T, C) and adds to it twice:
 
     x = embed_tokens[token]
-    each block:  x += attention(rms_norm(x));  x += down(silu(gate(h)) * up(h)),  h = rms_norm(x)
-    logits = rms_norm(x) @ lm_head.T
+    L times:
+        h = norm(x)
+        q, k, v = R(h W_q), R(h W_k), h W_v             heads of D channels: H of q, K of k and v
+        y = softmax(q kᵀ / √D + mask) v                 per head of q; mask: -∞ for what comes later
+        x = x + concat(y) W_o                           concat: the H heads side by side again
+        h = norm(x)
+        x = x + (SiLU(h W_gate) * h W_up) W_down        SwiGLU: one product gates the other
+    logits = norm(x) W_head
+
+    norm(x) = x / √(mean(x²) + ε) * weight              RMSNorm, over the channels
+    SiLU(x) = x / (1 + exp(-x))
+    R turns channels (a, b) = (j, j + D/2) of each head, for j < D/2, by an angle that grows with
+    the position t, so that q kᵀ depends on distances only:
+        (a, b) -> (a cos φ - b sin φ, a sin φ + b cos φ),  φ = t ω_j,  ω_j = rope_theta^(-2j/D)
+
+    heads that share keys, H = 8 and K = 2:     q   0 1 2 3   4 5 6 7
+                                                    \ \ / /   \ \ / /
+                                                k, v   0         1
 
 What differs from GPT-2 (gpt.py):
 
-* positions are rotations of queries and keys (RoPE), so attention sees distances; 3.1 slows the
-  low frequencies, which stretches a training at 8192 ids to a context of 131072;
-* RMSNorm: no mean is subtracted and there is no bias, as there is none anywhere in the model;
-* several heads share one key/value head (grouped queries): a smaller memory of the past;
-* the MLP is gated (SwiGLU): the product of two matrices' outputs, one through silu, enters a third;
-* the head is a matrix of its own, but for the small 3.2 models, where it is the token table.
+* positions are rotations of q and k (RoPE); 3.1 slows the low frequencies, which stretches a
+  model trained at 8192 tokens to a context of 131072;
+* RMSNorm subtracts no mean, and nothing in the model has a bias;
+* H/K heads of q share one head of k and v (grouped queries), for a smaller cache;
+* the MLP is gated, by a third matrix;
+* the head is a matrix of its own, except in the small 3.2 models, where it is the token table.
 
     B batch   T time   C channels (hidden_size)   H heads   K key/value heads   D head size
-    L layers  V vocabulary   M the most ids that a state can hold
+    L layers  V vocabulary   M cache capacity in tokens
 
 References: Grattafiori et al. 2024, "The Llama 3 Herd of Models"; Su et al. 2021 (RoPE); Ainslie
 et al. 2023 (grouped queries); Shazeer 2020 (SwiGLU); Zhang and Sennrich 2019 (RMSNorm);
 meta-llama/llama3@a0940f9 llama/model.py; meta-llama/llama-models@a9c89c4 models/llama3/model.py.
-
 Loads Meta's layout (params.json and consolidated.NN.pth, any number of shards) and Hugging Face's
-(one file or shards with an index). Writes the Hugging Face layout.
+(one file, or shards with an index).
 
     model = Llama3.from_pretrained("path/to/Llama-3.2-1B")  # or Llama3(SIZES["llama3.2-1b"])
-    logits = model(torch.tensor([[128000, 9906]]))          # (B, T) ids -> (B, T, V)
     [new] = model.generate([[128000, 9906]], 20, temperature=0.6, top_p=0.9, seed=1)
     model.save_pretrained("copy")                           # transformers opens it
+    tokens = torch.tensor([[128000, 9906, 11, 1917]])       # (B, T); to train on them:
+    F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    torch.optim.AdamW(model.parameter_groups(weight_decay=0.1), **model.OPTIMIZER).step()
 """
-import argparse
 import itertools
 import json
 import math
 import os
 import re
-import sys
-import time
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +64,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Llama3Config:
-    """Sizes of a Llama 3, by the names of the published config.json; the default is 8B."""
+    """Sizes of a Llama 3, named as in the published config.json; the default is 8B."""
     vocab_size: int = 128256
     max_position_embeddings: int = 8192
     hidden_size: int = 4096
@@ -60,36 +75,31 @@ class Llama3Config:
     intermediate_size: int = 14336
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
-    rope_factor: float = 1.0                 # the published rope_scaling, since 3.1; 1: no scaling
+    rope_factor: float = 1.0                 # rope_scaling of 3.1 and 3.2; 1: none
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
-    rope_original_context: int = 8192        # original_max_position_embeddings
+    rope_original_context: int = 8192        # its original_max_position_embeddings
     tie_word_embeddings: bool = False
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-    pad_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} must be a positive integer, not {value!r}")
-            if field.type is float and not (type(value) in (int, float) and 0 < value < math.inf):
-                raise ValueError(f"{field.name} must be a positive number, not {value!r}")
-            if field.type is bool and type(value) is not bool:
-                raise ValueError(f"{field.name} must be true or false, not {value!r}")
+        for name, value in vars(self).items():
+            if not name.endswith(("_id", "_word_embeddings")) and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}: it must be positive")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is no multiple of "
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, to be turned in pairs, not {self.head_dim}")
+            raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs of channels")
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
             raise ValueError(f"rope_high_freq_factor {self.rope_high_freq_factor} must be above "
                              f"rope_low_freq_factor {self.rope_low_freq_factor}")
 
     @property
     def context(self) -> int:
-        """The most ids that the model can see."""
+        """The longest sequence that the model can process, in tokens."""
         return self.max_position_embeddings
 
     @classmethod
@@ -97,117 +107,61 @@ class Llama3Config:
         """Llama 3 of this depth and width, in the proportions of 8B; small ones tied, as in 3.2.
 
         Heads of 128 channels from 3B on, of about 64 below; four to each key/value head, or fewer
-        where that does not come out even; an MLP 3.5 times as wide, in steps of 32.
+        if they do not divide; an MLP 3.5 times as wide, in steps of 32.
         """
         heads = max(1, width // (128 if width >= 3072 else 64))
         shared = min(n for n in range(1, heads + 1) if heads % n == 0 and n >= heads / 4)
-        size = max(2, width // heads // 2 * 2)                          # even: turned in pairs
+        size = max(2, width // heads // 2 * 2)                          # even: rotated in pairs
         return cls(vocab_size, context, width, layers, heads, shared, size,
                    -(-7 * width // 64) * 32, tie_word_embeddings=width < 4096)
 
 
-LLAMA_8B = Llama3Config(bos_id=128000, eos_ids=(128001,))
-LLAMA_70B = replace(LLAMA_8B, hidden_size=8192, num_hidden_layers=80, num_attention_heads=64,
-                    intermediate_size=28672)
+L8B = Llama3Config(bos_token_id=128000, eos_token_id=128001)
+L70B = replace(L8B, hidden_size=8192, num_hidden_layers=80, num_attention_heads=64,
+               intermediate_size=28672)
 LONG = dict(max_position_embeddings=131072, rope_factor=8.0)
-SMALL = dict(max_position_embeddings=131072, rope_factor=32.0, tie_word_embeddings=True,
-             intermediate_size=8192)
+SMALL = dict(max_position_embeddings=131072, rope_factor=32.0, intermediate_size=8192,
+             tie_word_embeddings=True)
 SIZES = {
-    "llama3-8b": LLAMA_8B,                                                      # 8,030,261,248
-    "llama3-70b": LLAMA_70B,                                                    # 70,553,706,496
-    "llama3.1-8b": replace(LLAMA_8B, **LONG),                                   # 8,030,261,248
-    "llama3.1-70b": replace(LLAMA_70B, **LONG),                                 # 70,553,706,496
-    "llama3.1-405b": replace(LLAMA_8B, hidden_size=16384, num_hidden_layers=126,
+    "llama3-8b": L8B,                                                           # 8,030,261,248
+    "llama3-70b": L70B,                                                         # 70,553,706,496
+    "llama3.1-8b": replace(L8B, **LONG),                                        # 8,030,261,248
+    "llama3.1-70b": replace(L70B, **LONG),                                      # 70,553,706,496
+    "llama3.1-405b": replace(L8B, hidden_size=16384, num_hidden_layers=126,
                              num_attention_heads=128, intermediate_size=53248,
                              **LONG),                                           # 405,853,388,800
-    "llama3.2-1b": replace(LLAMA_8B, hidden_size=2048, num_hidden_layers=16, head_dim=64,
+    "llama3.2-1b": replace(L8B, hidden_size=2048, num_hidden_layers=16, head_dim=64,
                            **SMALL),                                            # 1,235,814,400
-    "llama3.2-3b": replace(LLAMA_8B, hidden_size=3072, num_hidden_layers=28,
+    "llama3.2-3b": replace(L8B, hidden_size=3072, num_hidden_layers=28,
                            num_attention_heads=24, **SMALL),                    # 3,212,749,824
 }
 
 
-@dataclass
-class State:
-    """What a batch remembers: the keys and values of every layer, in the parameters' dtype."""
-    position: Tensor                         # (B,) int64: how many ids each row has seen
-    key: Tensor                              # (B, L, M, K, D), rotated
-    value: Tensor                            # (B, L, M, K, D)
+def inverse_frequency(config: Llama3Config) -> Tensor:
+    """(D/2,) fp32, on the CPU: ω, the angle in radians by which each pair turns per position.
 
-    @property
-    def max_tokens(self) -> int | None:
-        """M, the most ids it can hold; None where there is no limit."""
-        return self.key.shape[2]
-
-    # --- state: the same in every model file (tests/test_same.py) ---
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name; each has the batch as its first axis."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def rows(self, start: int, stop: int) -> "State":
-        """A view of some rows: writing to it writes to this state."""
-        return type(self)(**{name: tensor[start:stop] for name, tensor in self.tensors().items()})
-
-    def clone(self) -> "State":
-        """A copy that shares nothing: clone before you branch."""
-        return type(self)(**{name: tensor.clone() for name, tensor in self.tensors().items()})
-
-    def save(self, path: str | Path) -> None:
-        """Write the state to one safetensors file, replaced as a whole; OSError if that fails."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-        try:
-            save_file({name: t.contiguous() for name, t in self.tensors().items()}, f"{path}.part")
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from None
-        os.replace(f"{path}.part", path)
-
-    @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> "State":
-        """Read what `save` wrote; ValueError or OSError if the file is anything else."""
-        tensors = {name: tensor.to(device, copy=True) for name, tensor in read_tensors(path)}
-        if set(tensors) != {field.name for field in fields(cls)}:
-            raise ValueError(f"{path} is no state of this model: it holds {', '.join(tensors)}")
-        return cls(**tensors)
-    # --- end of state ---
-
-
-def remember(cache: Tensor, positions: Tensor, new: Tensor) -> Tensor:
-    """Write `new` (B, T, K, D) into `cache` (B, M, K, D) at `positions` (B, T); the whole cache.
-
-    What was there is data: under autograd, gradients reach `new` and nothing before it.
+    With a rope_factor (llama-models model.py, apply_scaling): waves that fit into the original
+    context more than `high` times are kept, those that fit less than `low` times become `factor`
+    times longer, and between the two it is a blend.
     """
-    rows = torch.arange(len(cache), device=cache.device)[:, None]       # (B, 1)
-    cache[rows, positions] = new.detach().to(cache.dtype)
-    whole = cache.to(new.dtype)                                         # differs under autocast
-    return whole.index_put((rows, positions), new) if torch.is_grad_enabled() else whole
-
-
-def frequencies(config: Llama3Config, device=None) -> Tensor:
-    """(D/2,) fp32: the angle in radians by which each pair of channels turns per position.
-
-    With rope_factor f (llama-models model.py, apply_scaling): waves that fit into the original
-    context more than `high` times stay, those that fit less than `low` times become f times
-    longer, and between the two it is a blend.
-    """
-    even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
-    turn = 1.0 / config.rope_theta ** (even / config.head_dim)   # in fp32 as published: an ulp more
-    if config.rope_factor == 1.0:                                # or less shows at position 1500
-        return turn
+    even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+    ω = 1.0 / config.rope_theta ** (even / config.head_dim)     # in fp32 as published: an ulp more
+    if config.rope_factor == 1.0:                               # or less shows at position 1500
+        return ω
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    fits = config.rope_original_context / (2 * math.pi / turn)
-    stay = ((fits - low) / (high - low)).clamp(0, 1)
-    return (1 - stay) * turn / config.rope_factor + stay * turn
+    wavelength = 2 * math.pi / ω                                                # in tokens
+    smooth = ((config.rope_original_context / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * ω / config.rope_factor + smooth * ω
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (j, D/2 + j) of each head of x (B, T, H, D); cos and sin (B, T, 1, D/2)."""
+    """Turn the pairs (j, j + D/2) of each head of x (B, T, heads, D); cos, sin (B, T, 1, D/2)."""
     a, b = x.float().chunk(2, dim=-1)        # in fp32, as Meta: bf16 holds no angle of position 257
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight. In bf16, rounded before the weight, as Meta's is; torch's is not."""
+    """x / √(mean(x²) + ε) * weight, rounded before the weight, as Meta's is (torch's is not)."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -221,7 +175,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention; H/K query heads share each key/value head."""
+    """Causal self-attention: softmax(q kᵀ / √D + mask) v; H/K heads share each key/value head."""
 
     def __init__(self, config: Llama3Config):
         super().__init__()
@@ -238,10 +192,10 @@ class Attention(nn.Module):
         k = rotate(self.k_proj(x).view(B, T, self.kv_heads, -1), *rotation)     # (B, T, K, D)
         v = self.v_proj(x).view(B, T, self.kv_heads, -1)
         if cache is not None:
-            k = remember(cache[0], positions, k)                        # (B, M, K, D)
-            v = remember(cache[1], positions, v)
-        # --- attend: the same in glm4.py (tests/test_same.py) ---
-        k, v = k.transpose(1, 2), v.transpose(1, 2)                     # (B, K, T or M, D)
+            k = append(cache[0], positions, k)                          # (B, slots, K, D)
+            v = append(cache[1], positions, v)
+        # --- attend: the same in llama3.py, glm4.py (tests/test_same.py) ---
+        k, v = k.transpose(1, 2), v.transpose(1, 2)                     # (B, K, T or slots, D)
         if T == 1:                           # heads that share a key are rows of one query: with
             q = q.view(B, self.kv_heads, -1, q.shape[-1])   # enable_gqa, bf16 is 10x slower on CPUs
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)         # (B, K, H/K, D)
@@ -254,20 +208,20 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated MLP, at each position by itself."""
+    """SwiGLU, at each position by itself."""
 
     def __init__(self, config: Llama3Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)   # w1
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)     # w3
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)   # w2
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    """Attention, then MLP: each reads the normed stream and adds to it."""
+    """Attention, then MLP: each reads the normed residual stream and adds to it."""
 
     def __init__(self, config: Llama3Config):
         super().__init__()
@@ -281,27 +235,84 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class State(NamedTuple):
+    """The KV cache of a batch, preallocated and updated in place."""
+    position: Tensor                         # (B,) int64: number of tokens seen, row by row
+    key: Tensor                              # (B, L, M, K, D), rotated, in the parameters' dtype
+    value: Tensor                            # (B, L, M, K, D)
+
+    @property
+    def capacity(self) -> int:
+        """M, the number of tokens that fit."""
+        return self.key.shape[2]
+
+
+# --- cache: the same in gpt.py, llama3.py, glm4.py (tests/test_same.py) ---
+def look_back(tokens: Tensor, state: State | None, context: int):
+    """Where new tokens (B, T) stand and what they see: (positions, slots, mask).
+
+    positions: (B or 1, T). slots: how many slots of the cache attention reads. mask: None where
+    plain causal attention is right, else (B, 1, T, slots), True for what is seen. T = 2 new tokens
+    of two rows that have seen 3 and 1 see the slots marked x:
+
+        row 0   x x x x .        row 1   x x . . .
+                x x x x x                x x x . .
+    """
+    steps = torch.arange(tokens.shape[1], device=tokens.device)         # (T,)
+    if state is None:
+        if len(steps) > context:
+            raise ValueError(f"{len(steps)} tokens do not fit into the context of {context}")
+        return steps[None], len(steps), None
+    if len(state.position) != len(tokens):
+        raise ValueError(f"{len(tokens)} rows of tokens, but a state of {len(state.position)}")
+    positions = state.position[:, None] + steps                         # (B, T)
+    slots = state.capacity                   # compiled, shapes are static: every slot is read
+    if not torch.compiler.is_compiling():    # this forces a GPU synchronisation
+        low, high = torch.stack(state.position.aminmax()).tolist()
+        slots = high + len(steps)
+        if slots > min(context, state.capacity):
+            raise ValueError(f"{slots} tokens do not fit: the context of the model is {context}, "
+                             f"the capacity of the state {state.capacity}")
+        if low == high and (high == 0 or len(steps) == 1):
+            return positions, slots, None
+    seen = torch.arange(slots, device=tokens.device) <= positions[:, :, None]
+    return positions, slots, seen[:, None]
+
+
+def append(cache: Tensor, positions: Tensor, new: Tensor) -> Tensor:
+    """Write `new` (B, T, heads, D) into `cache` (B, slots, heads, D) at `positions` (B, T).
+
+    Returns what attention reads. Earlier entries are constants: gradients flow only into `new`.
+    """
+    rows = torch.arange(len(cache), device=cache.device)[:, None]       # (B, 1)
+    cache[rows, positions] = new.detach().to(cache.dtype)
+    whole = cache.to(new.dtype)                                         # differs under autocast
+    return whole.index_put((rows, positions), new) if torch.is_grad_enabled() else whole
+# --- end of cache ---
+
+
 class Llama3(nn.Module):
-    """Llama 3: (B, T) ids -> (B, T, V) logits. Parameters are named as Hugging Face's."""
+    """Llama 3: (B, T) tokens -> (B, T, V) logits. Parameters are named as Hugging Face's."""
     OPTIMIZER = dict(betas=(0.9, 0.95), eps=1e-5)    # Llama 2's paper, §2.2; 3's states none
-    L2WRAP = 0.0                                     # RWKV's penalty on large logits: none here
 
     def __init__(self, config: Llama3Config):
         super().__init__()
         self.config = config
-        table = torch.empty(config.vocab_size, config.hidden_size)
+        C, V = config.hidden_size, config.vocab_size
         self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding.from_pretrained(table, freeze=False),
+            embed_tokens=nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False),
             layers=nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-            norm=RMSNorm(config.hidden_size, config.rms_norm_eps)))
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if not table.is_meta:                # there, normal_ would import torch's compiler: 1.5 s
+            norm=RMSNorm(C, config.rms_norm_eps)))
+        self.lm_head = nn.Linear(C, V, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.inverse_frequency = inverse_frequency(config)   # no buffer: never cast, never on meta
+        if not self.lm_head.weight.is_meta:  # on the meta device, drawing would only take time
             self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Norms 1, the rest normal; what adds to the stream, less with depth.
+        """Norms 1, the rest normal; residual projections scaled by 1/√(2 L).
 
         Meta published no initialisation. This is GPT-2's (§2.3 of its paper), whose 0.02 is also
         the initializer_range in the published config.json.
@@ -309,158 +320,122 @@ class Llama3(nn.Module):
         for name, parameter in self.named_parameters():
             if "norm" in name:
                 parameter.fill_(1.0)
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):  # 2 per layer add up
-                parameter.normal_(std=0.02 / (2 * self.config.num_hidden_layers) ** 0.5)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.normal_(std=0.02 / math.sqrt(2 * self.config.num_hidden_layers))
             else:
                 parameter.normal_(std=0.02)
 
-    def new_state(self, batch_size: int, max_tokens: int) -> State:
-        """An empty memory for `batch_size` rows of at most `max_tokens` ids each."""
-        config, like = self.config, self.model.embed_tokens.weight
-        shape = (batch_size, config.num_hidden_layers, max_tokens, config.num_key_value_heads,
-                 config.head_dim)
-        return State(like.new_zeros(batch_size, dtype=torch.int64), like.new_zeros(shape).detach(),
-                     like.new_zeros(shape).detach())
-
     def hidden(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, C) after the final norm.
+        """(B, T) tokens -> (B, T, C) after the final norm.
 
-        With a state, the ids go on from what it has seen, and it advances by T. ValueError if they
-        do not fit into the context or the state.
+        With a state, the tokens continue the cached sequence, and it advances by T. ValueError if
+        they do not fit into the context or the state.
         """
-        if not torch.compiler.is_compiling():                           # it reads a number back
-            self.check_room(tokens, state)
-        steps = torch.arange(tokens.shape[1], device=tokens.device)     # (T,)
-        if state is None:
-            positions, mask = steps[None], None                         # (1, T)
-        else:
-            positions = state.position[:, None] + steps                 # (B, T)
-            slots = torch.arange(state.max_tokens, device=tokens.device)
-            mask = (slots <= positions[:, :, None])[:, None]            # (B, 1, T, M)
-        angles = positions[:, :, None, None] * frequencies(self.config, tokens.device)
-        rotation = angles.cos(), angles.sin()                           # (B, T, 1, D/2) each, fp32
+        positions, slots, mask = look_back(tokens, state, self.config.max_position_embeddings)
+        if self.inverse_frequency.device != tokens.device:
+            self.inverse_frequency = inverse_frequency(self.config).to(tokens.device)
+        angles = positions[:, :, None, None] * self.inverse_frequency   # (B or 1, T, 1, D/2), fp32
+        rotation = angles.cos(), angles.sin()
         x = self.model.embed_tokens(tokens)                             # (B, T, C)
         for i, block in enumerate(self.model.layers):
-            cache = None if state is None else (state.key[:, i], state.value[:, i])
+            cache = None if state is None else (state.key[:, i, :slots], state.value[:, i, :slots])
             x = block(x, rotation, positions, mask, cache)
         if state is not None:
-            state.position += tokens.shape[1]
+            state.position.add_(tokens.shape[1])
         return self.model.norm(x)
 
-    def check_room(self, tokens: Tensor, state: State | None) -> None:
-        """ValueError unless these ids fit into the context and into the state."""
-        end = tokens.shape[1] if state is None else tokens.shape[1] + int(state.position.max())
-        room = self.config.context if state is None else min(self.config.context, state.max_tokens)
-        if end > room:
-            raise ValueError(f"{end} tokens do not fit: the context of the model is "
-                             f"{self.config.context}" + (f", the state holds {room}" * bool(state)))
-        if state is not None and len(tokens) != len(state.position):
-            raise ValueError(f"{len(tokens)} rows of tokens, but a state of {len(state.position)}")
-
-    def logits(self, hidden: Tensor, state: State | None = None) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, V): the head."""
-        tied = self.config.tie_word_embeddings
-        return F.linear(hidden, self.model.embed_tokens.weight) if tied else self.lm_head(hidden)
+        return self.lm_head(hidden)
 
-    def forward(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, V): logits of every position."""
-        return self.logits(self.hidden(tokens, state), state)
+    def forward(self, tokens: Tensor, state: State | None = None, last: bool = False) -> Tensor:
+        """(B, T) tokens -> (B, T, V): logits of every position, or (B, 1, V) of the last one."""
+        hidden = self.hidden(tokens, state)
+        return self.lm_head(hidden[:, -1:] if last else hidden)
 
-    def parameter_groups(self) -> list[dict]:
-        """Parameters for the optimiser: matrices decay, norms do not."""
-        return [{"params": [p for p in self.parameters() if (p.dim() > 1) == decay],
-                 "lr_scale": 1.0, "decay": decay} for decay in (True, False)]
+    def new_state(self, batch_size: int, max_tokens: int) -> State:
+        """An empty cache for `batch_size` rows of `max_tokens` tokens, at most the context."""
+        c, like = self.config, self.model.embed_tokens.weight
+        shape = (batch_size, c.num_hidden_layers, min(max_tokens, c.context), c.num_key_value_heads,
+                 c.head_dim)
+        return State(like.new_zeros(batch_size, dtype=torch.int64), like.new_zeros(shape),
+                     like.new_zeros(shape))
 
-    @classmethod
-    def from_pretrained(cls, path: str | Path, device: str = "cpu",
-                        dtype: torch.dtype | None = None, **overrides) -> "Llama3":
-        """Read a checkpoint, folder or file, in any layout named on top; memory holds it once.
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay.
 
-        dtype None keeps the stored one. overrides: config fields that the file tells wrongly, or,
-        as Meta's the context and rope_factor, not at all.
-        ValueError or OSError of one line if it is no such checkpoint.
+        Two keys are for train.py, AdamW ignores them: `lr_scale`, a factor of the learning rate,
+        and `hidden_matrix`, true for the 2-D matrices inside the blocks (optimisers like Muon).
         """
-        path = Path(path)
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: there is no such file or folder")
-        folder, shards = path if path.is_dir() else path.parent, meta_shards(path)
-        config = read_params(shards) if shards else read_config(folder / "config.json")
-        unknown = set(overrides) - {field.name for field in fields(config)}
-        if unknown:
-            raise ValueError(f"Llama3Config has no field {', '.join(sorted(unknown))}")
-        config = replace(config, **overrides)
-        if shards:
-            tensors = join_shards(shards, config, device, dtype)
-        else:
-            tensors = {name: tensor.to(device, dtype) for name, tensor in read_tensors(path)
-                       if not name.endswith("rotary_emb.inv_freq")}     # saved by old versions
-        with torch.device("meta"):                                      # shapes, no memory
-            model = cls(settle_head(tensors, config))
-        try:
-            model.load_state_dict(tensors, strict=True, assign=True)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{path} does not fit its config: {reason}") from None
-        return model.eval()
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write model.safetensors and config.json in the Hugging Face layout, each as a whole."""
-        from safetensors.torch import save_file
-        weights, stated = Path(directory, "model.safetensors"), Path(directory, "config.json")
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, f"{weights}.part", {"format": "pt"})
-        config = json.dumps(published_config(self.config, self.model.norm.weight.dtype), indent=2)
-        Path(f"{stated}.part").write_text(config + "\n", encoding="utf-8")
-        os.replace(f"{weights}.part", weights)
-        os.replace(f"{stated}.part", stated)
+        blocks, tables, norms = [], [], []
+        for name, p in self.named_parameters():
+            (norms if p.dim() < 2 else blocks if "layers." in name else tables).append(p)
+        return [dict(params=blocks, weight_decay=weight_decay, lr_scale=1.0, hidden_matrix=True),
+                dict(params=tables, weight_decay=weight_decay, lr_scale=1.0, hidden_matrix=False),
+                dict(params=norms, weight_decay=0.0, lr_scale=1.0, hidden_matrix=False)]
 
     # --- generate: the same in every model file (tests/test_same.py) ---
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens: int, *, state: State | None = None,
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, *, state: State | None = None,
                  temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-                 stop=(), seed: int | None = None, on_token=None) -> list[list[int]]:
-        """Continue each prompt; returns the new ids of each, the stop id left out.
+                 stop=None, seed: int | None = None, on_token=None) -> list[list[int]]:
+        """Continue each prompt, a list of tokens; returns the new tokens of each.
 
-        prompts: lists of ids, of any lengths. temperature 0 takes the likeliest id, else `sample`.
-        state: go on from it (one prompt only), advancing it; the last id drawn is not in it.
-        stop: ids that end a row. on_token(row, id) is called for every id drawn, the stop id too.
-        A row also ends when prompt and new ids fill the context. ValueError if that cannot be done.
+        A row ends at a token in `stop` (None: the config's eos_token_id), which is left out, or
+        when its context is full. temperature 0 is greedy, otherwise see `probabilities`.
+        on_token(row, token) is called for every token drawn, the stop token too. state: continue
+        this cached sequence (one prompt only) and leave it advanced; the last token drawn has not
+        been fed to it. Dropout is off meanwhile. ValueError, before any work, if it cannot be done.
         """
+        c, context = self.config, self.config.context or math.inf
+        seen = sorted(itertools.chain(*prompts))
+        if not seen or not all(prompts):
+            raise ValueError("an empty prompt: begin with the token that begins a text")
+        if seen[0] < 0 or seen[-1] >= c.vocab_size:
+            raise ValueError(f"prompt tokens from {seen[0]} to {seen[-1]}, but the vocabulary has "
+                             f"0 to {c.vocab_size - 1}: is this the model's own tokenizer?")
+        if (max_new_tokens < 0 or not temperature >= 0 or (top_k is not None and top_k < 1)
+                or (top_p is not None and not 0 <= top_p <= 1)):
+            raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
+                             f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        context = self.config.context or 2**62
-        check_request(prompts, past, context, self.config.vocab_size, max_new_tokens, temperature,
-                      top_k, top_p)
         limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        need = past + max(len(p) + max(limit - 1, 0) for p, limit in zip(prompts, limits))
+        needed = past + max(len(p) + max(limit - 1, 0) for p, limit in zip(prompts, limits))
         if state is None:
-            state = self.new_state(len(prompts), need)
+            state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
             raise ValueError(f"{len(prompts)} prompts and a state of {len(state.position)} rows: "
-                             "going on from a state takes one of each")
-        elif need > (state.max_tokens or need):
-            raise ValueError(f"{need} tokens do not fit into a state made for {state.max_tokens}: "
-                             "give new_state a larger max_tokens, or ask for fewer")
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        logits = self.read_prompts([prompts[row] for row in order], state)   # (B, V), in `order`
+                             "continuing a state takes one of each")
+        if needed > min(context, state.capacity):
+            raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
+                             f"the state was made for {state.capacity}")
+        if stop is None:
+            stop = c.eos_token_id if isinstance(c.eos_token_id, (list, tuple)) else [c.eos_token_id]
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
-        new, going = [[] for _ in prompts], {row for row in order if limits[row]}
-        while going:
-            ids = sample(logits, temperature, top_k, top_p, generator).tolist()
-            for row, drawn in zip(order, ids):
-                if row in going:
-                    if drawn not in stop:
-                        new[row].append(drawn)
-                    if drawn in stop or len(new[row]) == limits[row]:
-                        going.remove(row)
-                    if on_token is not None:
-                        on_token(row, drawn)
-            if going:
-                tokens = torch.tensor(ids, device=logits.device)[:, None]    # (B, 1)
-                ended = torch.tensor([row not in going for row in order], device=logits.device)
-                state.position -= ended.long()                               # they stay in place
-                logits = self.logits(self.hidden(tokens, state), state)[:, -1]
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        new, active = [[] for _ in prompts], {row for row in order if limits[row]}
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            logits = self.read_prompts([prompts[row] for row in order], state)   # (B, V)
+            while active:
+                tokens = sample(logits, temperature, top_k, top_p, generator)    # (B,)
+                for row, token in zip(order, tokens.tolist()):
+                    if row in active:
+                        if token not in stop:
+                            new[row].append(token)
+                        if token in stop or len(new[row]) == limits[row]:
+                            active.remove(row)
+                        if on_token is not None:
+                            on_token(row, token)
+                if active:                   # ended rows are fed too, but count no further
+                    ended = [row not in active for row in order]
+                    state.position.sub_(state.position.new_tensor(ended))
+                    logits = self(tokens[:, None], state, last=True)[:, 0]
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
         return new
 
     def read_prompts(self, prompts: list[list[int]], state: State) -> Tensor:
@@ -470,41 +445,63 @@ class Llama3(nn.Module):
         """
         logits, start = [], 0
         for _, group in itertools.groupby(prompts, key=len):
-            tokens = torch.tensor(list(group), device=state.position.device)  # (b, length)
-            rows = state.rows(start, start + len(tokens))
+            tokens = torch.tensor(list(group), device=state.position.device)     # (b, length)
+            rows = state._make(tensor[start:start + len(tokens)] for tensor in state)
             for piece in tokens.split(512, dim=1):
-                hidden = self.hidden(piece, rows)
-            logits.append(self.logits(hidden[:, -1:], rows)[:, -1])
+                last = self(piece, rows, last=True)                              # (b, 1, V)
+            logits.append(last[:, 0])
             start += len(tokens)
         return torch.cat(logits)
     # --- end of generate ---
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str = "cpu",
+                        dtype: torch.dtype | None = None, **overrides) -> "Llama3":
+        """Read a checkpoint, folder or file, in any layout named on top; one copy in memory.
+
+        dtype None keeps the stored one. overrides: config fields that the file states wrongly or,
+        as Meta's rope_factor and context, not at all. A damaged file raises what torch, safetensors
+        or json raise.
+        """
+        path, shards = Path(path), meta_shards(Path(path))
+        config = read_params(shards) if shards else read_config(path)
+        config = replace(config, **overrides)
+        tensors = join_shards(shards, config, device, dtype) if shards else read_tensors(path)
+        weights = {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors
+                   if not name.endswith("rotary_emb.inv_freq")}         # saved by old versions
+        if config.tie_word_embeddings:
+            table = weights.get("model.embed_tokens.weight")
+            if not torch.equal(weights.get("lm_head.weight", table), table):
+                config = replace(config, tie_word_embeddings=False)     # a head of its own wins
+            else:
+                weights["lm_head.weight"] = table                       # one Parameter, two names
+        with torch.device("meta"):                                      # shapes, no memory
+            model = cls(config)
+        model.load_state_dict(weights, strict=True, assign=True)
+        return model.eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write model.safetensors and config.json in the Hugging Face layout, each as a whole."""
+        from safetensors.torch import save_file
+        weights, stated = Path(directory, "model.safetensors"), Path(directory, "config.json")
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        if self.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
+        config = {"torch_dtype": str(self.lm_head.weight.dtype).removeprefix("torch."),
+                  **to_published(self.config)}
+        save_file(tensors, f"{weights}.part", {"format": "pt"})
+        Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        os.replace(f"{weights}.part", weights)
+        os.replace(f"{stated}.part", stated)
+
 
 # --- sample: the same in every model file (tests/test_same.py) ---
-def check_request(prompts, past, context, vocab_size, max_new_tokens, temperature, top_k, top_p):
-    """ValueError, before any work, for a call of `generate` that cannot be done."""
-    if not prompts or not all(prompts):
-        raise ValueError("an empty prompt: begin with the id that begins a text")
-    lowest, highest = min(map(min, prompts)), max(map(max, prompts))
-    longest = past + max(map(len, prompts))
-    for wrong, message in (
-            (lowest < 0 or highest >= vocab_size, f"prompt ids go from {lowest} to {highest}, the "
-             f"vocabulary from 0 to {vocab_size - 1}: is this the model's own tokenizer?"),
-            (longest > context, f"the prompt has {longest} tokens, the context of the model is "
-             f"{context}: shorten it"),
-            (max_new_tokens < 0, f"max_new_tokens is {max_new_tokens}: give 0 or more"),
-            (not temperature >= 0, f"temperature is {temperature}: give 0 (greedy) or more"),
-            (top_k is not None and top_k < 1, f"top_k is {top_k}: give 1 or more"),
-            (top_p is not None and not 0 <= top_p <= 1, f"top_p is {top_p}: give 0 to 1")):
-        if wrong:
-            raise ValueError(message)
-
-
 def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None):
-    """(B, V) logits -> (B, V) weights of being drawn: temperature, then top-k, then top-p.
+    """(B, V) logits -> (B, V) sampling probabilities: temperature, then top-k, then top-p.
 
-    Ties with the k-th largest stay. top-p keeps the likeliest ids up to and with the one whose mass
-    crosses p, as Meta's code does.
+    Ties with the k-th largest stay. top-p keeps the most likely tokens up to and including the one
+    that crosses p, as Meta's code does. What is left need not sum to 1.
     """
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -520,86 +517,86 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
            generator: torch.Generator) -> Tensor:
-    """(B, V) logits -> (B,) ids. Drawn on the CPU, so that a seed means the same everywhere."""
+    """(B, V) logits -> (B,) tokens, drawn on the CPU: a seed means the same on every device."""
     if not logits.amax().isfinite():
         raise ValueError("the logits hold NaN or infinity: damaged weights, or too narrow a dtype "
                          "(float16 overflows where bfloat16 does not)")
     if temperature == 0:
         return logits.argmax(-1)
     probs = probabilities(logits.float().cpu(), temperature, top_k, top_p)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    return torch.multinomial(probs, 1, generator=generator)[:, 0].to(logits.device)
 # --- end of sample ---
 
 
-# --- read_tensors: the same in every model file (tests/test_same.py) ---
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; ValueError or OSError of one line."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
+# ------------------------------------------ plumbing from here on: reading and writing checkpoints
 
-
-def read_pickle(path: Path) -> dict:
-    """The dict in a file of torch.save, mapped into memory; nothing in it is executed."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True,
-                             mmap=zipfile.is_zipfile(path))             # no zip before torch 1.6
-    except Exception as error:               # a damaged pickle can raise anything
-        if isinstance(error, OSError) and error.filename:
-            raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
-        raise ValueError(f"{path} is damaged, or no file of tensors ({reason})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
-    return content
-
-
-def read_tensors(path: str | Path):
-    """Yield (name, tensor) from a weight file, or a folder with one or with shards and an index.
-
-    Tensors are mapped from the file, not copied. ValueError or OSError of one line for any fault.
-    """
-    path = Path(path)
+# --- read_tensors: the same in gpt.py, llama3.py, glm4.py (tests/test_same.py) ---
+def read_tensors(path: Path):
+    """Yield (name, tensor) from a weights file, or from those of a folder; mapped, not copied."""
     if path.is_dir():
         kinds = ("model.safetensors.index.json", "model.safetensors",
-                 "pytorch_model.bin.index.json", "pytorch_model.bin", "*.pth")
-        found = [file for kind in kinds for file in sorted(path.glob(kind))]
-        if not found:
-            raise FileNotFoundError(f"{path} has no weights: none of {', '.join(kinds)}")
-        path = found[0]
+                 "pytorch_model.bin.index.json", "pytorch_model.bin")
+        path = next((path / kind for kind in kinds if (path / kind).exists()), path / kinds[1])
     files = {path: None}                     # file -> the names to read from it; None: all
-    if path.name.endswith(".index.json"):
-        files, places = {}, read_json(path).get("weight_map")
-        for name, file in places.items() if isinstance(places, dict) else [("weight_map", places)]:
-            if not isinstance(file, str) or Path(file).name != file or "\\" in file:
-                raise ValueError(f"{path} puts {name} into {file!r}, which is no file beside it")
+    if path.name.endswith(".index.json"):    # the index decides which files belong together
+        whole = path.with_name(path.name.removesuffix(".index.json"))
+        files, places = {}, json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        for name, file in places.items():
+            if Path(file).name != file or "\\" in file:
+                raise ValueError(f"{path} puts {name} into {file}, which is not a file beside it")
             files.setdefault(path.parent / file, []).append(name)
+        if whole.exists() and whole not in files:
+            raise ValueError(f"{whole} and an index of other files: remove the older save")
     for file, names in files.items():
-        with open(file, "rb") as opened:
-            start = opened.read(9)
-        if start == b"version h":
-            raise ValueError(f"{file} is a pointer to the weights: run `git lfs pull` to get them")
-        if start[8:] == b"{":                # 8 bytes of length, then JSON: safetensors
-            from safetensors import SafetensorError, safe_open
-            try:
-                with safe_open(file, framework="pt") as content:
-                    for name in names or content.keys():
-                        yield name, content.get_tensor(name)
-            except SafetensorError as error:
-                raise ValueError(f"{file} is damaged: {error}") from None
-            continue
-        content = read_pickle(file)
-        if isinstance(content.get("model"), dict):                      # nanoGPT: beside its args
-            content = content["model"]
-        for name in names or content:
-            if not isinstance(content.get(name), Tensor):
-                raise ValueError(f"{file} has no tensor {name}: {type(content.get(name)).__name__}")
-            yield name, content[name]
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open
+            with safe_open(file, framework="pt") as content:
+                for name in names or content.keys():
+                    yield name, content.get_tensor(name)
+        else:                                # a pickle; torch before 1.6 wrote it without a zip
+            content = torch.load(file, map_location="cpu", weights_only=True,
+                                 mmap=zipfile.is_zipfile(file))
+            for name in names or content:
+                yield name, content[name]
 # --- end of read_tensors ---
+
+
+ROPE = {"factor": "rope_factor", "low_freq_factor": "rope_low_freq_factor",
+        "high_freq_factor": "rope_high_freq_factor",
+        "original_max_position_embeddings": "rope_original_context"}    # in rope_scaling: our field
+
+
+def read_config(path: Path) -> Llama3Config:
+    """The config of a Hugging Face Llama, with rope_scaling or, since transformers 5, all of RoPE
+    in rope_parameters."""
+    path = path / "config.json" if path.is_dir() else path.with_name("config.json")
+    stated = json.loads(path.read_text(encoding="utf-8"))
+    stated |= {**(stated.get("rope_scaling") or {}), **(stated.get("rope_parameters") or {})}
+    stated = {name: value for name, value in stated.items() if value is not None}
+    stated.setdefault("rope_type", stated.get("type", "default"))
+    for name, *plain in (("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", False),
+                         ("mlp_bias", False), ("partial_rotary_factor", 1.0),
+                         ("quantization_config", None), ("rope_type", "default", "llama3")):
+        if stated.get(name, plain[0]) not in plain:
+            raise ValueError(f"{path} has {name} = {stated[name]!r}: only {plain} is supported")
+    heads = stated["num_attention_heads"]
+    sizes = {"num_key_value_heads": heads, "head_dim": stated["hidden_size"] // heads,
+             "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+             "rope_theta": 10000.0}                                     # transformers' defaults
+    sizes |= {field.name: stated[field.name] for field in fields(Llama3Config)
+              if field.name in stated}
+    if stated["rope_type"] == "llama3":
+        sizes |= {field: stated[name] for name, field in ROPE.items()}
+    return Llama3Config(**sizes)
+
+
+def to_published(config: Llama3Config) -> dict:
+    """The config.json of a Hugging Face Llama."""
+    stated = asdict(config)
+    scaling = {name: stated.pop(field) for name, field in ROPE.items()}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "attention_bias": False, "mlp_bias": False, **stated,
+            "rope_scaling": {**scaling, "rope_type": "llama3"} if config.rope_factor != 1 else None}
 
 
 META = {                       # Meta's name: ours, and the axis along which its shards divide it
@@ -619,210 +616,72 @@ META = {                       # Meta's name: ours, and the axis along which its
 
 
 def meta_shards(path: Path) -> list[Path]:
-    """The files of Meta's layout at this path, in order; [] if it holds another layout."""
+    """The files consolidated.NN.pth of Meta's layout, in order; [] where another layout is."""
     folder = path if path.is_dir() else path.parent
-    other = any(any(folder.glob(kind)) for kind in ("model*.safetensors", "pytorch_model*.bin"))
-    if path.suffix != ".pth" and (path.is_file() or other):
+    others = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if path.suffix != ".pth" and (others or path.is_file()):
         return []
     for place in (folder, *(folder / f"original{size}" for size in ("", "/mp8", "/mp16"))):
         shards = sorted(place.glob("consolidated.*.pth"))
-        names = [f"consolidated.{n:02}.pth" for n in range(len(shards) or 1)]
-        if (shards or (place / "params.json").exists()) and [file.name for file in shards] != names:
-            raise FileNotFoundError(f"{place} lacks shards of consolidated.NN.pth: "
-                                    f"it has {', '.join(file.name for file in shards) or 'none'}")
+        names = [file.name for file in shards]
+        if names != [f"consolidated.{n:02}.pth" for n in range(len(shards))]:
+            raise FileNotFoundError(f"{place} lacks shards: it has {names}")
         if shards:
             return shards
+    if (folder / "params.json").exists() and not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} has params.json, but no consolidated.00.pth")
     return []
 
 
 def read_params(shards: list[Path]) -> Llama3Config:
-    """Config of Meta's layout: params.json, and the shapes for what it leaves out."""
-    path = shards[0].parent / "params.json"
-    stated, first = read_json(path), dict(read_tensors(shards[0]))      # mapped, not read
-    unknown = set(stated) - {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps",
-                             "multiple_of", "ffn_dim_multiplier", "rope_theta", "use_scaled_rope"}
-    if unknown:
-        raise ValueError(f"{path} has {', '.join(sorted(unknown))}: that is no plain Llama 3")
-    try:
-        wq, wk, w1, output = (first[f"{name}.weight"].shape[0] * len(shards) for name in (
-            "layers.0.attention.wq", "layers.0.attention.wk", "layers.0.feed_forward.w1", "output"))
-        C, H = stated["dim"], stated["n_heads"]
-        K, D, layers = stated.get("n_kv_heads") or H, C // H, stated["n_layers"]
-        spoilt = (wq, wk) != (H * D, K * D)
-    except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} and {shards[0].name} do not tell the sizes: {error!r}") from None
-    if spoilt:
-        raise ValueError(f"{path} asks for {H} and {K} heads of {D}, but wq and wk have {wq} and "
-                         f"{wk} rows in all {len(shards)} shards: is one missing?")
-    llama2 = stated.get("vocab_size", -1) == -1
-    vocab_size = output if llama2 else stated["vocab_size"]
-    scaled = bool(stated.get("use_scaled_rope"))
-    return Llama3Config(
-        vocab_size, 131072 if scaled else 8192, C, layers, H,
-        K,                                   # 405B in 16 shards says 16: each of its 8 twice
-        D, w1, stated.get("norm_eps", 1e-5),
-        stated.get("rope_theta", 10000.0 if llama2 else 500000.0),      # the official defaults
-        (32.0 if C in (2048, 3072) else 8.0) if scaled else 1.0,        # 3.2 or 3.1
-        tie_word_embeddings=True,            # Meta does not say: settle_head compares
-        bos_id=128000 if vocab_size == 128256 else None,
-        eos_ids=(128001,) if vocab_size == 128256 else ())
+    """The config in Meta's params.json; what it leaves out is in the shapes of the first shard."""
+    def config(dim, n_layers, n_heads, n_kv_heads=None, vocab_size=-1, norm_eps=1e-5,
+               rope_theta=None, use_scaled_rope=False, multiple_of=None, ffn_dim_multiplier=None):
+        llama2 = vocab_size == -1
+        vocab_size = rows["output"] if llama2 else vocab_size
+        if vocab_size != rows["output"]:
+            raise ValueError(f"{shards[0].parent} holds {rows['output']} rows of a vocabulary of "
+                             f"{vocab_size}: is one missing of its {len(shards)} shards?")
+        return Llama3Config(
+            vocab_size, 131072 if use_scaled_rope else 8192, dim, n_layers, n_heads,
+            n_kv_heads or n_heads,           # 405B in 16 shards says 16: each of its 8 twice
+            dim // n_heads, rows["layers.0.feed_forward.w1"], norm_eps,
+            rope_theta or (10000.0 if llama2 else 500000.0),            # the official defaults
+            (32.0 if dim in (2048, 3072) else 8.0) if use_scaled_rope else 1.0,     # 3.2 or 3.1
+            tie_word_embeddings=True,        # Meta does not say: from_pretrained compares
+            bos_token_id=128000 if vocab_size == 128256 else None,
+            eos_token_id=128001 if vocab_size == 128256 else None)
+    rows = {name.removesuffix(".weight"): len(tensor) * len(shards)
+            for name, tensor in read_tensors(shards[0])}
+    return config(**json.loads(shards[0].with_name("params.json").read_text(encoding="utf-8")))
 
 
-def from_meta(name: str, tensor: Tensor, config: Llama3Config) -> tuple[str, Tensor, int | None]:
-    """(our name, our tensor, the axis that shards divide) of one of Meta's tensors."""
-    layer, inner = re.fullmatch(r"(layers\.\d+\.)?(.*)", name).groups()
-    inner = inner.removesuffix(".weight")
-    if f"{layer or ''}{inner}.weight" != name or inner not in META:
-        return name, tensor, None                                       # unknown: refused as such
-    ours, axis = META[inner]
-    turned = inner in ("attention.wq", "attention.wk")
-    if tensor.dim() != (1 if axis is None else 2) or turned and len(tensor) % config.head_dim:
-        raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not fit the params")
-    if inner == "tok_embeddings" and tensor.shape[1] != config.hidden_size:
-        axis = 1
-    if turned:                               # Meta turns neighbours (2j, 2j+1), we (j, D/2 + j)
-        pairs = tensor.unflatten(0, (-1, config.head_dim // 2, 2))      # (H or K, D/2, 2, C)
-        tensor = pairs.transpose(1, 2).flatten(0, 2)
-    return f"{'model.' if layer else ''}{layer or ''}{ours}.weight", tensor, axis
-
-
-def join_shards(shards: list[Path], config: Llama3Config, device: str,
-                dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Our tensors from all of Meta's shards, with one open at a time; a single one stays mapped."""
-    tensors, count = {}, len(shards)
+def join_shards(shards: list[Path], config: Llama3Config, device: str, dtype: torch.dtype | None):
+    """Yield (our name, our tensor) from all of Meta's shards, of which one at a time is mapped."""
+    whole, count = {}, len(shards)
+    names = {name for name, _ in read_tensors(shards[0])} - {"rope.freqs"}
     for rank, shard in enumerate(shards):
-        left = set(tensors)
-        for name, piece in read_tensors(shard):
-            if name == "rope.freqs":         # a table that Llama 1 and 2 stored
-                continue
-            ours, piece, axis = from_meta(name, piece, config)
+        pieces = dict(read_tensors(shard))
+        pieces.pop("rope.freqs", None)       # a table that Llama 1 and 2 stored
+        if names != set(pieces):             # else a part of some tensor would never be written
+            raise ValueError(f"{shard} and {shards[0].name} differ in {names ^ set(pieces)}")
+        for name, piece in pieces.items():
+            layer, inner = re.fullmatch(r"(layers\.\d+\.|)(.*?)(?:\.weight)?", name).groups()
+            ours, axis = META[inner]
+            ours = f"model.{layer}{ours}.weight" if layer else f"{ours}.weight"
+            if inner in ("attention.wq", "attention.wk"):
+                pairs = piece.unflatten(0, (-1, config.head_dim // 2, 2))   # (H or K, D/2, 2, C)
+                piece = pairs.transpose(1, 2).flatten(0, 2)     # its pairs (2j, 2j + 1) to ours
             if count == 1:
-                tensors[ours] = piece.to(device, dtype)
+                yield ours, piece
                 continue
+            if inner == "tok_embeddings" and piece.shape[1] != config.hidden_size:
+                axis = 1
             if rank == 0:
-                size = [n * count if i == axis else n for i, n in enumerate(piece.shape)]
-                tensors[ours] = torch.empty(size, dtype=dtype or piece.dtype, device=device)
-            elif ours not in tensors:
-                raise ValueError(f"{shard} has {name}, unlike {shards[0].name}")
-            whole = tensors[ours]
-            part = whole if axis is None else whole.tensor_split(count, axis)[rank]
+                shape = [n * count if i == axis else n for i, n in enumerate(piece.shape)]
+                whole[ours] = torch.empty(shape, dtype=dtype or piece.dtype, device=device)
+            part = whole[ours] if axis is None else whole[ours].chunk(count, axis)[rank]
             if part.shape != piece.shape:
                 raise ValueError(f"{name} of {shard} does not fit {shards[0].name}")
             part.copy_(piece)
-            left.discard(ours)
-        if left:
-            raise ValueError(f"{shard} lacks {', '.join(sorted(left)[:3])}, unlike the others")
-    return tensors
-
-
-def settle_head(tensors: dict[str, Tensor], config: Llama3Config) -> Llama3Config:
-    """Said to be tied: drop a head that equals the token table; one that differs wins."""
-    head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-    if not config.tie_word_embeddings or head is None or table is None:
-        return config
-    if head.dtype == table.dtype and torch.equal(head, table):
-        del tensors["lm_head.weight"]
-        return config
-    return replace(config, tie_word_embeddings=False)
-
-
-ROPE = {"factor": "rope_factor", "low_freq_factor": "rope_low_freq_factor",
-        "high_freq_factor": "rope_high_freq_factor",
-        "original_max_position_embeddings": "rope_original_context"}    # published: our field
-
-
-def read_rope(stated: dict, path: Path) -> dict:
-    """Our fields for rope_parameters (transformers 5) or rope_theta and rope_scaling (before)."""
-    rope = stated.get("rope_parameters") or stated.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{path} says rope_scaling = {rope!r}, which is no object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"{path} asks for RoPE of type {kind!r}: only 'llama3' is supported")
-    theta = rope.get("rope_theta", stated.get("rope_theta", 10000.0))   # transformers' default
-    if kind == "default":
-        return {"rope_theta": theta}
-    if set(ROPE) - set(rope):
-        raise ValueError(f"{path} scales RoPE without {', '.join(sorted(set(ROPE) - set(rope)))}")
-    return {"rope_theta": theta, **{field: rope[name] for name, field in ROPE.items()}}
-
-
-def read_config(path: Path) -> Llama3Config:
-    """config.json of a Hugging Face Llama; ValueError if it asks for other mathematics."""
-    stated = {name: value for name, value in read_json(path).items() if value is not None}
-    for name, plain in (("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", False),
-                        ("mlp_bias", False), ("partial_rotary_factor", 1.0),
-                        ("quantization_config", None)):
-        if stated.get(name, plain) != plain:
-            raise ValueError(f"{path} says {name} = {stated[name]!r}: only {plain!r} is supported")
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                 "num_attention_heads"):
-        if type(stated.get(name)) is not int or stated[name] < 1:
-            raise ValueError(f"{path} says {name} = {stated.get(name)!r}, not a positive integer")
-    heads = stated["num_attention_heads"]
-    sizes = {"num_key_value_heads": heads, "head_dim": stated["hidden_size"] // heads,
-             "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}     # transformers' defaults
-    sizes |= {field.name: stated[field.name] for field in fields(Llama3Config)
-              if field.name in stated and not field.name.startswith("rope_")}
-    eos = stated.get("eos_token_id", [])
-    return Llama3Config(**sizes, **read_rope(stated, path), bos_id=stated.get("bos_token_id"),
-                        eos_ids=tuple(eos) if isinstance(eos, list) else (eos,),
-                        pad_id=stated.get("pad_token_id"))
-
-
-def published_config(config: Llama3Config, dtype: torch.dtype) -> dict:
-    """What config.json says of a model whose weights have this dtype."""
-    sizes = {name: value for name, value in asdict(config).items()
-             if name not in ("bos_id", "eos_ids", "pad_id", *ROPE.values())}
-    scaling = {name: getattr(config, field) for name, field in ROPE.items()}
-    eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "attention_bias": False, "mlp_bias": False, **sizes,
-            "rope_scaling": None if config.rope_factor == 1 else {**scaling, "rope_type": "llama3"},
-            "torch_dtype": str(dtype).removeprefix("torch."),
-            "bos_token_id": config.bos_id, "eos_token_id": eos, "pad_token_id": config.pad_id}
-
-
-# --- main: the same in every model file, but for the class (tests/test_same.py) ---
-def main() -> None:
-    """Continue a prompt, on the screen as it is written. chat.py does more."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("weights", help="a checkpoint: folder or file")
-    parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--tokenizer", help="folder, file or name, if not beside the weights")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
-    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this mass")
-    parser.add_argument("--seed", type=int, help="the same seed draws the same text")
-    parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them there is")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")                            # where a letter is unknown
-    here = [torch.cuda.is_available(), torch.backends.mps.is_available(), True]
-    device = args.device or ("cuda", "mps", "cpu")[here.index(True)]
-    times = []
-    try:
-        from tokenizer import load_tokenizer             # text needs it; generate() on ids does not
-        tokenizer = load_tokenizer(args.tokenizer or args.weights)
-        model = Llama3.from_pretrained(args.weights, device, getattr(torch, args.dtype or "", None))
-        begin = args.prompt.rstrip(" ")                  # the space is a part of the next word
-        prompt, decoder = tokenizer.encode(begin), tokenizer.stream_decoder()
-        if tokenizer.bos_id is not None or not prompt:
-            prompt.insert(0, tokenizer.end_id if tokenizer.bos_id is None else tokenizer.bos_id)
-
-        def show(row, id):
-            times.append(time.perf_counter())
-            print(decoder.feed([id]) if id not in tokenizer.stop_ids else "", end="", flush=True)
-        print(begin, end="", flush=True)
-        model.generate([prompt], args.max_new_tokens, temperature=args.temperature, seed=args.seed,
-                       top_k=args.top_k, top_p=args.top_p, stop=tokenizer.stop_ids, on_token=show)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
-    print(f"{decoder.finish()}\n[{len(times)} tokens, {speed:.1f} tokens/s]")
-
-
-if __name__ == "__main__":
-    main()
-# --- end of main ---
+    yield from whole.items()

@@ -1,19 +1,31 @@
 """RWKV-6 in one file: build it, train it, load the published weights, generate.
 
-A stack of blocks that read one residual stream and add to it:
+The whole forward pass. Each block reads the residual stream x (T, C) and adds to it twice:
 
     x = ln0(emb[token])
-    each block:  x += time_mix(ln1(x));  x += channel_mix(ln2(x))
-    logits = head(ln_out(x))
+    L times:
+        x = x + time_mix(ln1(x))
+        x = x + channel_mix(ln2(x))
+    logits = ln_out(x) W_head
+
+    time_mix(x), with x' the vector of the token before:
+        s_k = maa_k + tanh((x + maa_x (x' - x)) W1) W2  share of x', from the token; s_v ... too
+        k = (x + s_k (x' - x)) W_k;  v, r, g likewise, each with a share of its own
+        w = -exp(decay + tanh(x_w D1) D2)               x_w: x and x' mixed by s_w
+        y_t = r_t (S + diag(u) k_tᵀ v_t)                per head of D channels, its S is (D, D)
+        S <- diag(e^w_t) S + k_tᵀ v_t
+        return (norm(y) silu(g)) W_o                    LayerNorm of each head, the heads joined
+    channel_mix(x), with k and r of fixed shares:
+        return σ(r) (relu(k)² W_v)
 
 It is trained in parallel like a Transformer and runs as an RNN. What is different from GPT-2:
 
-* no attention: each head sums up its past in one matrix S, and token t reads it by r, its query:
-  y_t = r_t (S + u k_t v_t);  S <- w_t S + k_t v_t. No positions, no limit to the context, and a
-  token costs the same after ten tokens as after a million;
-* w_t, how much of S is kept, is computed from the token, for every key channel by itself;
-* what a matrix reads is a blend of this token's vector and the one before it ("token shift"), in
-  time mixing by shares that are computed from the token too;
+* no attention: each head sums up its past in a matrix S of keys by values, and a token reads it by
+  its query r. No positions, no limit to the context, and a token costs the same after ten tokens as
+  after a million;
+* how much of each row of S is kept, e^w_t, is computed from the token, for each channel of the key;
+* what a matrix reads is a mix of this token's vector and the one before ("token shift"), in time
+  mixing by shares that are computed from the token too;
 * the MLP is a squared ReLU behind a gate; the only biases are those of norms;
 * the embedding is normed at once, and the head is a matrix of its own.
 
@@ -22,26 +34,25 @@ It is trained in parallel like a Transformer and runs as an RNN. What is differe
 
 References: Peng et al. 2024, "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic
 Recurrence"; BlinkDL/RWKV-LM@524481d RWKV-v5/src/model.py (x060); BlinkDL/ChatRWKV@965e40b
-RWKV_v6_demo.py. On chunks: Yang et al. 2023, "Gated Linear Attention Transformers".
+RWKV_v6_demo.py. On chunks: Yang et al. 2023, "Gated Linear Attention Transformers". Loads and
+writes the official .pth; sizes are read from it.
 
-Loads and writes the official .pth of RWKV-6, a folder or the file alone; sizes are read from it.
-
-    model = RWKV6.from_pretrained("RWKV-x060-World-1B6.pth")    # or RWKV6(SIZES["1.6b"]), untrained
-    logits = model(torch.tensor([[6699, 304]]))                 # (B, T) ids -> (B, T, V)
+    model = RWKV6.from_pretrained("RWKV-x060-World-1B6.pth",    # or RWKV6(SIZES["1.6b"]), untrained
+                                  eos_token_id=0)               # ends a text: files do not state it
     [new] = model.generate([[6699, 304]], 20, temperature=0.8, top_p=0.5, seed=1)
     model.save_pretrained("copy")                               # the rwkv package opens it
+    tokens = torch.tensor([[6699, 304, 25740, 109]])            # (B, T); to train on them:
+    F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    torch.optim.AdamW(model.parameter_groups(weight_decay=0.1), **model.OPTIMIZER).step()
 """
-import argparse
-import contextlib
 import itertools
 import json
+import math
 import os
-import re
-import sys
-import time
 import zipfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,53 +63,47 @@ CHUNK = 64                                   # tokens whose weights on each othe
 
 @dataclass(frozen=True)
 class RWKV6Config:
-    """Sizes of an RWKV-6. Its checkpoints state none: they are read from the tensors' shapes."""
+    """Sizes of an RWKV-6. Official files do not state them: they are read from the shapes."""
     vocab_size: int = 65536
     n_embd: int = 2048
     n_layer: int = 24
     head_size: int = 64
     dim_ffn: int = 7168
-    mix_lora: int = 32                       # rank of what makes the shares of token shift
-    decay_lora: int = 64                     # rank of what makes the decay
+    mix_lora: int = 32                       # rank of W1 W2, which make the shares
+    decay_lora: int = 64                     # rank of D1 D2, which make the decay
     group_norm_eps: float = 64e-5            # 1e-5 * head_size_divisor ** 2, which is 8
     tuned_state: bool = False                # has att.time_state: a trained S to begin with
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-    pad_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "n_embd", "n_layer", "head_size", "dim_ffn", "mix_lora",
                      "decay_lora"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
-        if type(self.group_norm_eps) not in (int, float) or not 0 <= self.group_norm_eps < 1:
-            raise ValueError(f"group_norm_eps must be in [0, 1), not {self.group_norm_eps!r}")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.n_embd % self.head_size:
-            raise ValueError(f"n_embd {self.n_embd} is no multiple of head_size {self.head_size}")
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of head_size "
+                             f"{self.head_size}")
+        if not 0 <= self.group_norm_eps < 1:
+            raise ValueError(f"group_norm_eps is {self.group_norm_eps}: it must be in [0, 1)")
 
     @property
     def context(self) -> None:
-        """The most ids that the model can see: no limit."""
+        """The longest sequence that the model can process, in tokens: there is no limit."""
         return None
-
-    @property
-    def n_head(self) -> int:
-        return self.n_embd // self.head_size
 
     @classmethod
     def sized(cls, layers: int, width: int, vocab_size: int, context: int) -> "RWKV6Config":
-        """RWKV-6 of this depth and width: heads of 64 channels, an MLP 3.5 times as wide.
-
-        Fewer channels where 64 does not divide the width. The context is no size of this model.
-        """
-        head = max(size for size in range(1, 65) if width % size == 0)
+        """RWKV-6 of this depth and width: heads of up to 64 channels; `context` is not used."""
+        head_size = max(size for size in range(1, 65) if width % size == 0)
         rank = 32 if width < 4096 else 64
-        return cls(vocab_size, width, layers, head, max(32, int(3.5 * width) // 32 * 32),
+        return cls(vocab_size, width, layers, head_size, max(32, int(3.5 * width) // 32 * 32),
                    mix_lora=min(rank, max(1, width // 2)),
                    decay_lora=min(2 * rank, max(1, width // 2)))
 
 
-WORLD = dict(eos_ids=(0,))
+WORLD = dict(eos_token_id=0)
 SIZES = {
     "1.6b": RWKV6Config(**WORLD),                                               # 1,599,873,024
     "3b": RWKV6Config(65536, 2560, 32, 64, 8960, **WORLD),                      # 3,099,863,040
@@ -107,57 +112,11 @@ SIZES = {
 }
 
 
-@dataclass
-class State:
-    """What a batch remembers: for every layer, two vectors and one matrix per head, in fp32."""
-    position: Tensor                         # (B,) int64: how many ids each row has seen
-    att_x: Tensor                            # (B, L, C): the last input of time mixing
-    ffn_x: Tensor                            # (B, L, C): the last input of channel mixing
-    wkv: Tensor                              # (B, L, H, D, D): S, key by value
-
-    @property
-    def max_tokens(self) -> int | None:
-        """The most ids it can hold; None where there is no limit."""
-        return None
-
-    # --- state: the same in every model file (tests/test_same.py) ---
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name; each has the batch as its first axis."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def rows(self, start: int, stop: int) -> "State":
-        """A view of some rows: writing to it writes to this state."""
-        return type(self)(**{name: tensor[start:stop] for name, tensor in self.tensors().items()})
-
-    def clone(self) -> "State":
-        """A copy that shares nothing: clone before you branch."""
-        return type(self)(**{name: tensor.clone() for name, tensor in self.tensors().items()})
-
-    def save(self, path: str | Path) -> None:
-        """Write the state to one safetensors file, replaced as a whole; OSError if that fails."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-        try:
-            save_file({name: t.contiguous() for name, t in self.tensors().items()}, f"{path}.part")
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from None
-        os.replace(f"{path}.part", path)
-
-    @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> "State":
-        """Read what `save` wrote; ValueError or OSError if the file is anything else."""
-        tensors = {name: tensor.to(device, copy=True) for name, tensor in read_tensors(path)}
-        if set(tensors) != {field.name for field in fields(cls)}:
-            raise ValueError(f"{path} is no state of this model: it holds {', '.join(tensors)}")
-        return cls(**tensors)
-    # --- end of state ---
-
-
 def previous(x: Tensor, last: Tensor | None) -> Tensor:
-    """(B, T, C) -> (B, T, C): at each position the vector of the one before it.
+    """(B, T, C) -> (B, T, C): at each position the vector of the token before ("token shift").
 
-    The first reads `last` (B, C), which becomes the newest, or zeros. What was there is data: under
-    autograd, gradients reach x and nothing before it.
+    The first position reads `last` (B, C), which is overwritten with the last of x, or zeros.
+    Earlier tokens are constants: gradients flow only into x.
     """
     if last is None:
         return F.pad(x, (0, 0, 1, -1))
@@ -166,35 +125,43 @@ def previous(x: Tensor, last: Tensor | None) -> Tensor:
     return shifted
 
 
-def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
-         S0: Tensor) -> tuple[Tensor, Tensor]:
-    """The recurrence over a sequence, as matrix products; for each head and position t, from S0 on:
-
-        y_t = r_t (S + (u k_t)ᵀ v_t);   S <- exp(w_t)ᵀ S + k_tᵀ v_t
+def wkv6_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
+              S: Tensor) -> tuple[Tensor, Tensor]:
+    """What time mixing computes, token by token. It defines `wkv6`.
 
     r, k, v, w: (B, H, T, D), w <= 0 the log of the decay; u: (H, D), bonus of the current token;
-    S0: (B, H, D, D), key by value. Returns y: (B, H, T, D) and the last S. In fp32 (or fp64), as
-    all official kernels compute it: in bf16, what a state of long memory adds up would be lost.
+    S: (B, H, D, D), key by value, to begin with. Returns y: (B, H, T, D) and the last S.
     """
+    y = []
+    for t in range(r.shape[2]):
+        new = k[:, :, t, :, None] * v[:, :, t, None, :]                 # (B, H, D, D)
+        y.append(r[:, :, t, None, :] @ (S + u[..., None] * new))        # (B, H, 1, D)
+        S = w[:, :, t, :, None].exp() * S + new
+    return torch.cat(y, 2), S
+
+
+def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    """`wkv6_loop` as matrix products, in fp32 (or fp64) as in all official kernels: bf16 would lose
+    what a long memory adds up."""
     dtype = torch.promote_types(r.dtype, torch.float32)
-    r, k, v, w, u, S = (x.to(dtype) for x in (r, k, v, w, u, S0))
-    device = r.device.type                   # "meta" has no autocast to turn off
-    with (torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device)
-          else contextlib.nullcontext()):
-        if r.shape[2] > 1:
-            return wkv6_chunks(r, k, v, w, u, S)
-        new = k.mT @ v                                                  # (B, H, D, D)
-        return r @ (S + u[..., None] * new), w.exp().mT * S + new
+    operands = (x.to(dtype) for x in (r, k, v, w, u, S))
+    device = "cpu" if r.is_meta else r.device.type                      # "meta" has no autocast
+    with torch.autocast(device, enabled=False):
+        return wkv6_chunks(*operands) if r.shape[2] > 1 else wkv6_loop(*operands)
 
 
 def wkv6_chunks(r, k, v, w, u, S):
     """`wkv6` for any T. Tokens of one chunk read each other by a matrix A, the rest through S.
 
-    A is made by doubling: of two neighbouring blocks, a token of the later reads one of the earlier
-    across their border, and the decay between them is that from the earlier token to the border
-    times that from the border to the later one. So r carries the decay since its block began, k
-    that until its block ends. All are products of numbers <= 1, never quotients: no decay is too
-    strong for it. (The decays divided out, as r exp(sum w) times k exp(-sum w), overflow.)
+    A[t, s] = (r_t e^(w_s+1 + ... + w_t-1)) k_sᵀ below the diagonal. Blocks are joined in pairs:
+
+        A               A  .            A  .  .  .      a dot is 0; r1 carries the decay since
+          A             A' A            A' A  .  .      its block began, k0 that until its block
+            A     ->          A  .  ->  A" A" A  .      ends, so that A' = r1 k0ᵀ has the decay
+              A               A' A      A" A" A' A      from the earlier token to the later one
+
+    All factors are <= 1, so nothing overflows, however strong the decay. (It would with one product
+    for the chunk, of r_t e^(w_1 + ... + w_t) and k_s e^-(w_1 + ... + w_s).)
     """
     T = r.shape[2]
     size = CHUNK if T >= CHUNK else 1 << (T - 1).bit_length()
@@ -216,63 +183,67 @@ def wkv6_chunks(r, k, v, w, u, S):
     return y.flatten(2, 3)[:, :, :T], S
 
 
+class HeadNorm(nn.GroupNorm):
+    """The output of each head normed by itself, (B, H, T, D) -> (B, T, C), in the fp32 of y."""
+
+    def forward(self, y):
+        y = F.layer_norm(y, y.shape[-1:], eps=self.eps).transpose(1, 2).flatten(2)
+        return y * self.weight.float() + self.bias.float()
+
+
 class TimeMix(nn.Module):
     """What attention is elsewhere: tokens read the past, here summed up in one matrix per head."""
 
     def __init__(self, config: RWKV6Config):
         super().__init__()
-        C, H, D = config.n_embd, config.n_head, config.head_size
-        self.heads, self.head_size, self.eps = H, D, config.group_norm_eps
+        C, D = config.n_embd, config.head_size
+        self.heads = H = C // D
         self.time_maa_x = nn.Parameter(torch.empty(1, 1, C))            # maa: 1 - mix, the share
-        self.time_maa_w = nn.Parameter(torch.empty(1, 1, C))            # of the previous token in
-        self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))            # what each matrix reads,
-        self.time_maa_v = nn.Parameter(torch.empty(1, 1, C))            # to which the LoRA w1, w2
-        self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))            # adds what the token says
+        self.time_maa_w = nn.Parameter(torch.empty(1, 1, C))            # of the previous token
+        self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_v = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))
         self.time_maa_g = nn.Parameter(torch.empty(1, 1, C))
-        self.time_maa_w1 = nn.Parameter(torch.empty(C, 5 * config.mix_lora))
-        self.time_maa_w2 = nn.Parameter(torch.empty(5, config.mix_lora, C))
-        self.time_decay = nn.Parameter(torch.empty(1, 1, C))            # log(-w); its LoRA likewise
-        self.time_decay_w1 = nn.Parameter(torch.empty(C, config.decay_lora))
-        self.time_decay_w2 = nn.Parameter(torch.empty(config.decay_lora, C))
-        self.time_faaaa = nn.Parameter(torch.empty(H, D))               # u: bonus of the newest
+        self.time_maa_w1 = nn.Parameter(torch.empty(C, 5 * config.mix_lora))    # W1, for all five
+        self.time_maa_w2 = nn.Parameter(torch.empty(5, config.mix_lora, C))     # W2
+        self.time_decay = nn.Parameter(torch.empty(1, 1, C))            # log(-w), to which D1 D2
+        self.time_decay_w1 = nn.Parameter(torch.empty(C, config.decay_lora))    # add what the
+        self.time_decay_w2 = nn.Parameter(torch.empty(config.decay_lora, C))    # token says
+        self.time_faaaa = nn.Parameter(torch.empty(H, D))               # u: bonus of this token
         self.time_state = nn.Parameter(torch.empty(H, D, D)) if config.tuned_state else None
         self.receptance = nn.Linear(C, C, bias=False)
         self.key = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(C, C, bias=False)
         self.output = nn.Linear(C, C, bias=False)
         self.gate = nn.Linear(C, C, bias=False)
-        self.ln_x = nn.GroupNorm(H, C, config.group_norm_eps)
+        self.ln_x = HeadNorm(H, C, config.group_norm_eps)
 
     def first_state(self, batch_size: int) -> Tensor:
         """S before the first token, (B, H, D, D) fp32: zeros, or the tuned state."""
         if self.time_state is None:
-            shape = (batch_size, self.heads, self.head_size, self.head_size)
-            return self.time_faaaa.new_zeros(shape, dtype=torch.float32)
+            H, D = self.time_faaaa.shape
+            return self.time_faaaa.new_zeros(batch_size, H, D, D, dtype=torch.float32)
         return self.time_state.float().mT.expand(batch_size, -1, -1, -1)    # stored value by key
 
-    def blends(self, x, last):
-        """What w, k, v, r and g read, (B, T, C) each: blends of x and its predecessor."""
-        gap = previous(x, last) - x
+    def forward(self, x, last, S):
+        gap = previous(x, last) - x                                     # (B, T, C)
         low = torch.tanh((x + gap * self.time_maa_x) @ self.time_maa_w1)    # (B, T, 5m)
         low = low.unflatten(-1, (5, -1)).permute(2, 0, 1, 3).flatten(1, 2)  # (5, BT, m)
-        shares = (low @ self.time_maa_w2).unflatten(1, x.shape[:2])         # (5, B, T, C)
-        return [x + gap * (getattr(self, f"time_maa_{name}") + share)
-                for name, share in zip("wkvrg", shares)]
-
-    def forward(self, x, last, S):
-        xw, xk, xv, xr, xg = self.blends(x, last)
-        rate = torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
-        w = -torch.exp(self.time_decay.float() + rate.float())  # bf16 cannot tell 0.999 from 1
-        r, k, v, w = (z.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
-                      for z in (self.receptance(xr), self.key(xk), self.value(xv), w))
-        S0 = self.first_state(len(x)) if S is None else S.clone() if torch.is_grad_enabled() else S
-        y, end = wkv6(r, k, v, w, self.time_faaaa, S0)
-        if S is not None:
+        w, k, v, r, g = (low @ self.time_maa_w2).unflatten(1, x.shape[:2])  # shares, (B, T, C)
+        w = x + gap * (self.time_maa_w + w)
+        k = self.key(x + gap * (self.time_maa_k + k))
+        v = self.value(x + gap * (self.time_maa_v + v))
+        r = self.receptance(x + gap * (self.time_maa_r + r))
+        g = F.silu(self.gate(x + gap * (self.time_maa_g + g)))
+        rate = torch.tanh(w @ self.time_decay_w1) @ self.time_decay_w2
+        w = -torch.exp(self.time_decay.float() + rate.float())          # 0.999 is 1 in bf16
+        r, k, v, w = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (r, k, v, w))
+        if S is None:
+            y, _ = wkv6(r, k, v, w, self.time_faaaa, self.first_state(len(x)))
+        else:                                # S is overwritten: autograd has to keep a copy
+            y, end = wkv6(r, k, v, w, self.time_faaaa, S.clone() if torch.is_grad_enabled() else S)
             S.copy_(end.detach())
-        y = F.layer_norm(y, (self.head_size,), eps=self.eps).transpose(1, 2).flatten(2)
-        y = y * self.ln_x.weight.float() + self.ln_x.bias.float()       # a group norm, in y's fp32
-        g = F.silu(self.gate(xg))
-        return self.output(y.to(g.dtype) * g)
+        return self.output(self.ln_x(y).to(g.dtype) * g)
 
 
 class ChannelMix(nn.Module):
@@ -280,20 +251,21 @@ class ChannelMix(nn.Module):
 
     def __init__(self, config: RWKV6Config):
         super().__init__()
-        self.time_maa_k = nn.Parameter(torch.empty(1, 1, config.n_embd))    # shares of the
-        self.time_maa_r = nn.Parameter(torch.empty(1, 1, config.n_embd))    # previous token
-        self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
-        self.receptance = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
+        C = config.n_embd
+        self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))            # shares of the
+        self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))            # previous token
+        self.key = nn.Linear(C, config.dim_ffn, bias=False)
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(config.dim_ffn, C, bias=False)
 
     def forward(self, x, last):
-        gap = previous(x, last) - x
-        k = F.relu(self.key(x + gap * self.time_maa_k)) ** 2
+        gap = previous(x, last) - x                                     # (B, T, C)
+        k = F.relu(self.key(x + gap * self.time_maa_k)) ** 2            # (B, T, dim_ffn)
         return torch.sigmoid(self.receptance(x + gap * self.time_maa_r)) * self.value(k)
 
 
 class Block(nn.Module):
-    """Time mixing, then channel mixing: each reads the normed stream and adds to it."""
+    """Time mixing, then channel mixing: each reads the normed residual stream and adds to it."""
 
     def __init__(self, config: RWKV6Config, first: bool):
         super().__init__()
@@ -310,10 +282,23 @@ class Block(nn.Module):
         return x + self.ffn(self.ln2(x), ffn_x)
 
 
+class State(NamedTuple):
+    """What a batch remembers, updated in place: per layer two vectors and S, in fp32."""
+    position: Tensor                         # (B,) int64: number of tokens seen, row by row
+    att_x: Tensor                            # (B, L, C): the last input of time mixing
+    ffn_x: Tensor                            # (B, L, C): the last input of channel mixing
+    wkv: Tensor                              # (B, L, H, D, D): S, key by value
+
+    @property
+    def capacity(self) -> float:
+        """The number of tokens that fit: any."""
+        return math.inf
+
+
 class RWKV6(nn.Module):
-    """RWKV-6: (B, T) ids -> (B, T, V) logits. Parameters are named as in the published files."""
+    """RWKV-6: (B, T) tokens -> (B, T, V) logits. Parameters are named as in the published files."""
     OPTIMIZER = dict(betas=(0.9, 0.99), eps=1e-8)
-    L2WRAP = 1e-4                            # penalty on large logits; whoever trains applies it
+    L2WRAP = 1e-4                            # penalty on the largest logits, which train.py adds
 
     def __init__(self, config: RWKV6Config):
         super().__init__()
@@ -334,15 +319,15 @@ class RWKV6(nn.Module):
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
         nn.init.orthogonal_(self.head.weight, gain=0.5 * max(V / C, 1) ** 0.5)
         for i, block in enumerate(self.blocks):
-            deep = i / max(L - 1, 1)                                    # 0 to 1 over the layers
+            depth = i / max(L - 1, 1)                                   # 0 to 1 over the layers
             mix = (h / C) ** (1 - i / L)
             att, ffn = block.att, block.ffn
             for parameter, value in (
                     (att.time_maa_x, 1 - mix), (att.time_maa_w, 1 - mix), (att.time_maa_k, 1 - mix),
-                    (att.time_maa_v, 1 - mix - 0.3 * deep),
+                    (att.time_maa_v, 1 - mix - 0.3 * depth),
                     (att.time_maa_r, 1 - mix ** 0.5), (att.time_maa_g, 1 - mix ** 0.5),
-                    (att.time_decay, -6 + 5 * ramp ** (0.7 + 1.3 * deep)),
-                    (att.time_faaaa, (deep * (1 - ramp) + wave).view_as(att.time_faaaa)),
+                    (att.time_decay, -6 + 5 * ramp ** (0.7 + 1.3 * depth)),
+                    (att.time_faaaa, (depth * (1 - ramp) + wave).view_as(att.time_faaaa)),
                     (att.ln_x.weight, torch.tensor(((1 + i) / L) ** 0.7)),
                     (ffn.time_maa_k, 1 - (h / C) ** ((1 - i / L) ** 3)),
                     (ffn.time_maa_r, 1 - (h / C) ** ((1 - i / L) ** 3))):
@@ -358,133 +343,117 @@ class RWKV6(nn.Module):
                                  (att.value, 1.0), (ffn.key, 1.0)):
                 nn.init.orthogonal_(matrix.weight, gain)
 
-    def new_state(self, batch_size: int, max_tokens: int | None = None) -> State:
-        """An empty memory for `batch_size` rows of any number of ids: `max_tokens` is ignored."""
-        config, like = self.config, self.emb.weight
-        last = like.new_zeros(batch_size, config.n_layer, config.n_embd, dtype=torch.float32)
-        wkv = torch.stack([block.att.first_state(batch_size) for block in self.blocks], 1)
-        return State(like.new_zeros(batch_size, dtype=torch.int64), last.detach(),
-                     last.detach().clone(), wkv.detach())
-
     def hidden(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, C) after the final norm.
+        """(B, T) tokens -> (B, T, C) after the final norm.
 
-        With a state, the ids go on from what it has seen, and it advances by T. ValueError if it
-        has other rows.
+        With a state, the tokens continue the sequence that it has seen, and it advances by T.
         """
-        if state is not None and len(tokens) != len(state.position):
+        if state is not None and len(state.position) != len(tokens):
             raise ValueError(f"{len(tokens)} rows of tokens, but a state of {len(state.position)}")
         x = self.emb(tokens)                                            # (B, T, C)
         for i, block in enumerate(self.blocks):
-            memory = None if state is None else (state.att_x[:, i], state.ffn_x[:, i],
-                                                 state.wkv[:, i])
-            x = block(x, memory)
+            x = block(x, None if state is None else
+                      (state.att_x[:, i], state.ffn_x[:, i], state.wkv[:, i]))
         if state is not None:
-            state.position += tokens.shape[1]
+            state.position.add_(tokens.shape[1])
         return self.ln_out(x)
 
-    def logits(self, hidden: Tensor, state: State | None = None) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, V): the head."""
         return self.head(hidden)
 
-    def forward(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        """(B, T) ids -> (B, T, V): logits of every position."""
-        return self.logits(self.hidden(tokens, state), state)
+    def forward(self, tokens: Tensor, state: State | None = None, last: bool = False) -> Tensor:
+        """(B, T) tokens -> (B, T, V): logits of every position, or (B, 1, V) of the last one."""
+        hidden = self.hidden(tokens, state)
+        return self.head(hidden[:, -1:] if last else hidden)
 
-    def parameter_groups(self) -> list[dict]:
-        """Parameters for the optimiser, as the authors: `.weight` matrices decay (and a tuned
-        state), time_decay learns twice as fast, the rest is plain."""
-        groups = {(1.0, True): [], (2.0, False): [], (1.0, False): []}
-        for name, p in self.named_parameters():
-            matrix = name.endswith(".weight") and p.dim() > 1
-            decay = matrix or name.endswith("time_state")
-            groups[2.0 if name.endswith("time_decay") else 1.0, decay].append(p)
-        return [{"params": params, "lr_scale": lr_scale, "decay": decay}
-                for (lr_scale, decay), params in groups.items()]
+    def new_state(self, batch_size: int, max_tokens: int | None = None) -> State:
+        """An empty state for `batch_size` rows; `max_tokens` is not used: there is no limit."""
+        c, like = self.config, self.emb.weight
+        last = like.new_zeros(batch_size, c.n_layer, c.n_embd, dtype=torch.float32)
+        wkv = torch.stack([block.att.first_state(batch_size) for block in self.blocks], 1)
+        return State(like.new_zeros(batch_size, dtype=torch.int64), last, last.clone(),
+                     wkv.detach())
 
-    @classmethod
-    def from_pretrained(cls, path: str | Path, device: str = "cpu",
-                        dtype: torch.dtype | None = None, **overrides) -> "RWKV6":
-        """Read a checkpoint, folder or file, in the layout named on top; memory holds it once.
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay (and a tuned
+        state), not the LoRAs.
 
-        dtype None keeps the stored one. overrides: config fields that the file tells wrongly.
-        ValueError or OSError of one line if it is no such checkpoint.
+        Two keys are for train.py, AdamW ignores them: `lr_scale`, the authors' factor of the
+        learning rate, and `hidden_matrix`, true for the 2-D matrices inside the blocks.
         """
-        path = Path(path)
-        stored = dict(to_ours(read_tensors(path)))
-        config = read_config((path if path.is_dir() else path.parent) / "config.json")
-        config = replace(config, **read_sizes(stored, path))
-        unknown = set(overrides) - {field.name for field in fields(config)}
-        if unknown:
-            raise ValueError(f"RWKV6Config has no field {', '.join(sorted(unknown))}")
-        with torch.device("meta"):                                      # shapes, no memory
-            model = cls(replace(config, **overrides))
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        tensors = {name: fitted(tensor, shapes.get(name)).to(device, dtype)
-                   for name, tensor in stored.items()}
-        try:
-            model.load_state_dict(tensors, strict=True, assign=True)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{path} does not fit its config: {reason}") from None
-        return model.eval()
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write model.pth in the official layout and a small config.json, each as a whole."""
-        weights, stated = Path(directory, "model.pth"), Path(directory, "config.json")
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(to_published(self.state_dict()), f"{weights}.part")
-        config = json.dumps(published_config(self.config, self.emb.weight.dtype), indent=2)
-        Path(f"{stated}.part").write_text(config + "\n", encoding="utf-8")
-        os.replace(f"{weights}.part", weights)
-        os.replace(f"{stated}.part", stated)
+        groups = {}
+        for name, p in self.named_parameters():
+            matrix = name.endswith(".weight") and p.dim() == 2
+            decay = weight_decay if matrix or name.endswith("time_state") else 0.0
+            scale = 2.0 if name.endswith("time_decay") else 1.0
+            hidden = matrix and name.startswith("blocks.")
+            groups.setdefault((decay, scale, hidden), []).append(p)
+        return [dict(params=params, weight_decay=decay, lr_scale=scale, hidden_matrix=hidden)
+                for (decay, scale, hidden), params in groups.items()]
 
     # --- generate: the same in every model file (tests/test_same.py) ---
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens: int, *, state: State | None = None,
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, *, state: State | None = None,
                  temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-                 stop=(), seed: int | None = None, on_token=None) -> list[list[int]]:
-        """Continue each prompt; returns the new ids of each, the stop id left out.
+                 stop=None, seed: int | None = None, on_token=None) -> list[list[int]]:
+        """Continue each prompt, a list of tokens; returns the new tokens of each.
 
-        prompts: lists of ids, of any lengths. temperature 0 takes the likeliest id, else `sample`.
-        state: go on from it (one prompt only), advancing it; the last id drawn is not in it.
-        stop: ids that end a row. on_token(row, id) is called for every id drawn, the stop id too.
-        A row also ends when prompt and new ids fill the context. ValueError if that cannot be done.
+        A row ends at a token in `stop` (None: the config's eos_token_id), which is left out, or
+        when its context is full. temperature 0 is greedy, otherwise see `probabilities`.
+        on_token(row, token) is called for every token drawn, the stop token too. state: continue
+        this cached sequence (one prompt only) and leave it advanced; the last token drawn has not
+        been fed to it. Dropout is off meanwhile. ValueError, before any work, if it cannot be done.
         """
+        c, context = self.config, self.config.context or math.inf
+        seen = sorted(itertools.chain(*prompts))
+        if not seen or not all(prompts):
+            raise ValueError("an empty prompt: begin with the token that begins a text")
+        if seen[0] < 0 or seen[-1] >= c.vocab_size:
+            raise ValueError(f"prompt tokens from {seen[0]} to {seen[-1]}, but the vocabulary has "
+                             f"0 to {c.vocab_size - 1}: is this the model's own tokenizer?")
+        if (max_new_tokens < 0 or not temperature >= 0 or (top_k is not None and top_k < 1)
+                or (top_p is not None and not 0 <= top_p <= 1)):
+            raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
+                             f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        context = self.config.context or 2**62
-        check_request(prompts, past, context, self.config.vocab_size, max_new_tokens, temperature,
-                      top_k, top_p)
         limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        need = past + max(len(p) + max(limit - 1, 0) for p, limit in zip(prompts, limits))
+        needed = past + max(len(p) + max(limit - 1, 0) for p, limit in zip(prompts, limits))
         if state is None:
-            state = self.new_state(len(prompts), need)
+            state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
             raise ValueError(f"{len(prompts)} prompts and a state of {len(state.position)} rows: "
-                             "going on from a state takes one of each")
-        elif need > (state.max_tokens or need):
-            raise ValueError(f"{need} tokens do not fit into a state made for {state.max_tokens}: "
-                             "give new_state a larger max_tokens, or ask for fewer")
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        logits = self.read_prompts([prompts[row] for row in order], state)   # (B, V), in `order`
+                             "continuing a state takes one of each")
+        if needed > min(context, state.capacity):
+            raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
+                             f"the state was made for {state.capacity}")
+        if stop is None:
+            stop = c.eos_token_id if isinstance(c.eos_token_id, (list, tuple)) else [c.eos_token_id]
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
-        new, going = [[] for _ in prompts], {row for row in order if limits[row]}
-        while going:
-            ids = sample(logits, temperature, top_k, top_p, generator).tolist()
-            for row, drawn in zip(order, ids):
-                if row in going:
-                    if drawn not in stop:
-                        new[row].append(drawn)
-                    if drawn in stop or len(new[row]) == limits[row]:
-                        going.remove(row)
-                    if on_token is not None:
-                        on_token(row, drawn)
-            if going:
-                tokens = torch.tensor(ids, device=logits.device)[:, None]    # (B, 1)
-                ended = torch.tensor([row not in going for row in order], device=logits.device)
-                state.position -= ended.long()                               # they stay in place
-                logits = self.logits(self.hidden(tokens, state), state)[:, -1]
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        new, active = [[] for _ in prompts], {row for row in order if limits[row]}
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            logits = self.read_prompts([prompts[row] for row in order], state)   # (B, V)
+            while active:
+                tokens = sample(logits, temperature, top_k, top_p, generator)    # (B,)
+                for row, token in zip(order, tokens.tolist()):
+                    if row in active:
+                        if token not in stop:
+                            new[row].append(token)
+                        if token in stop or len(new[row]) == limits[row]:
+                            active.remove(row)
+                        if on_token is not None:
+                            on_token(row, token)
+                if active:                   # ended rows are fed too, but count no further
+                    ended = [row not in active for row in order]
+                    state.position.sub_(state.position.new_tensor(ended))
+                    logits = self(tokens[:, None], state, last=True)[:, 0]
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
         return new
 
     def read_prompts(self, prompts: list[list[int]], state: State) -> Tensor:
@@ -494,41 +463,53 @@ class RWKV6(nn.Module):
         """
         logits, start = [], 0
         for _, group in itertools.groupby(prompts, key=len):
-            tokens = torch.tensor(list(group), device=state.position.device)  # (b, length)
-            rows = state.rows(start, start + len(tokens))
+            tokens = torch.tensor(list(group), device=state.position.device)     # (b, length)
+            rows = state._make(tensor[start:start + len(tokens)] for tensor in state)
             for piece in tokens.split(512, dim=1):
-                hidden = self.hidden(piece, rows)
-            logits.append(self.logits(hidden[:, -1:], rows)[:, -1])
+                last = self(piece, rows, last=True)                              # (b, 1, V)
+            logits.append(last[:, 0])
             start += len(tokens)
         return torch.cat(logits)
     # --- end of generate ---
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str = "cpu",
+                        dtype: torch.dtype | None = None, **overrides) -> "RWKV6":
+        """Read an official .pth, or the one in a folder; only one copy in memory.
+
+        dtype None keeps the stored one. overrides: config fields that the file does not state.
+        A damaged file, or one of another model, raises what torch raises.
+        """
+        config, tensors = read_pth(Path(path))
+        with torch.device("meta"):                                      # shapes, no memory
+            model = cls(replace(config, **overrides))
+        weights = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+        for name, p in model.named_parameters():                        # some lack axes of length 1
+            if name in weights and weights[name].squeeze().shape == p.squeeze().shape:
+                weights[name] = weights[name].reshape(p.shape)
+        model.load_state_dict(weights, strict=True, assign=True)
+        return model.eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write model.pth in the official layout and config.json, each as a whole."""
+        weights, stated = Path(directory, "model.pth"), Path(directory, "config.json")
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        config = {"architectures": ["RWKV6"], "model_type": "rwkv6", "tie_word_embeddings": False,
+                  "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
+                  **asdict(self.config)}
+        torch.save({name: tensor.contiguous() for name, tensor in self.state_dict().items()},
+                   f"{weights}.part")
+        Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        os.replace(f"{weights}.part", weights)
+        os.replace(f"{stated}.part", stated)
+
 
 # --- sample: the same in every model file (tests/test_same.py) ---
-def check_request(prompts, past, context, vocab_size, max_new_tokens, temperature, top_k, top_p):
-    """ValueError, before any work, for a call of `generate` that cannot be done."""
-    if not prompts or not all(prompts):
-        raise ValueError("an empty prompt: begin with the id that begins a text")
-    lowest, highest = min(map(min, prompts)), max(map(max, prompts))
-    longest = past + max(map(len, prompts))
-    for wrong, message in (
-            (lowest < 0 or highest >= vocab_size, f"prompt ids go from {lowest} to {highest}, the "
-             f"vocabulary from 0 to {vocab_size - 1}: is this the model's own tokenizer?"),
-            (longest > context, f"the prompt has {longest} tokens, the context of the model is "
-             f"{context}: shorten it"),
-            (max_new_tokens < 0, f"max_new_tokens is {max_new_tokens}: give 0 or more"),
-            (not temperature >= 0, f"temperature is {temperature}: give 0 (greedy) or more"),
-            (top_k is not None and top_k < 1, f"top_k is {top_k}: give 1 or more"),
-            (top_p is not None and not 0 <= top_p <= 1, f"top_p is {top_p}: give 0 to 1")):
-        if wrong:
-            raise ValueError(message)
-
-
 def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None):
-    """(B, V) logits -> (B, V) weights of being drawn: temperature, then top-k, then top-p.
+    """(B, V) logits -> (B, V) sampling probabilities: temperature, then top-k, then top-p.
 
-    Ties with the k-th largest stay. top-p keeps the likeliest ids up to and with the one whose mass
-    crosses p, as Meta's code does.
+    Ties with the k-th largest stay. top-p keeps the most likely tokens up to and including the one
+    that crosses p, as Meta's code does. What is left need not sum to 1.
     """
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -544,213 +525,40 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
            generator: torch.Generator) -> Tensor:
-    """(B, V) logits -> (B,) ids. Drawn on the CPU, so that a seed means the same everywhere."""
+    """(B, V) logits -> (B,) tokens, drawn on the CPU: a seed means the same on every device."""
     if not logits.amax().isfinite():
         raise ValueError("the logits hold NaN or infinity: damaged weights, or too narrow a dtype "
                          "(float16 overflows where bfloat16 does not)")
     if temperature == 0:
         return logits.argmax(-1)
     probs = probabilities(logits.float().cpu(), temperature, top_k, top_p)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    return torch.multinomial(probs, 1, generator=generator)[:, 0].to(logits.device)
 # --- end of sample ---
 
 
-# --- read_tensors: the same in every model file (tests/test_same.py) ---
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; ValueError or OSError of one line."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
+# ------------------------------------------ plumbing from here on: reading and writing checkpoints
 
-
-def read_pickle(path: Path) -> dict:
-    """The dict in a file of torch.save, mapped into memory; nothing in it is executed."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True,
-                             mmap=zipfile.is_zipfile(path))             # no zip before torch 1.6
-    except Exception as error:               # a damaged pickle can raise anything
-        if isinstance(error, OSError) and error.filename:
-            raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
-        raise ValueError(f"{path} is damaged, or no file of tensors ({reason})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
-    return content
-
-
-def read_tensors(path: str | Path):
-    """Yield (name, tensor) from a weight file, or a folder with one or with shards and an index.
-
-    Tensors are mapped from the file, not copied. ValueError or OSError of one line for any fault.
-    """
-    path = Path(path)
-    if path.is_dir():
-        kinds = ("model.safetensors.index.json", "model.safetensors",
-                 "pytorch_model.bin.index.json", "pytorch_model.bin", "*.pth")
-        found = [file for kind in kinds for file in sorted(path.glob(kind))]
-        if not found:
-            raise FileNotFoundError(f"{path} has no weights: none of {', '.join(kinds)}")
-        path = found[0]
-    files = {path: None}                     # file -> the names to read from it; None: all
-    if path.name.endswith(".index.json"):
-        files, places = {}, read_json(path).get("weight_map")
-        for name, file in places.items() if isinstance(places, dict) else [("weight_map", places)]:
-            if not isinstance(file, str) or Path(file).name != file or "\\" in file:
-                raise ValueError(f"{path} puts {name} into {file!r}, which is no file beside it")
-            files.setdefault(path.parent / file, []).append(name)
-    for file, names in files.items():
-        with open(file, "rb") as opened:
-            start = opened.read(9)
-        if start == b"version h":
-            raise ValueError(f"{file} is a pointer to the weights: run `git lfs pull` to get them")
-        if start[8:] == b"{":                # 8 bytes of length, then JSON: safetensors
-            from safetensors import SafetensorError, safe_open
-            try:
-                with safe_open(file, framework="pt") as content:
-                    for name in names or content.keys():
-                        yield name, content.get_tensor(name)
-            except SafetensorError as error:
-                raise ValueError(f"{file} is damaged: {error}") from None
-            continue
-        content = read_pickle(file)
-        if isinstance(content.get("model"), dict):                      # nanoGPT: beside its args
-            content = content["model"]
-        for name in names or content:
-            if not isinstance(content.get(name), Tensor):
-                raise ValueError(f"{file} has no tensor {name}: {type(content.get(name)).__name__}")
-            yield name, content[name]
-# --- end of read_tensors ---
-
-
-VERSIONS = (                                 # the first that a name and a shape match names it
-    (r"att\.(k_k|x_r) ", "an RWKV-7"),
-    (r"att\.time_maa_rkvw_w1 ", "a variant of RWKV-6, x060b or x060c"),
-    (r"att\.gate_w1 ", "a variant of RWKV-6, x060a"),
-    (r"\.ffnPre\.", "an RWKV whose first block has ffnPre"),
-    (r"^head_[qk]\.", "an RWKV with headQK"),
-    (r"\.tiny_|att\.qq\.", "an RWKV with attention beside its time mixing (tiny_ or att.qq)"),
-    (r"\.pos_emb_", "an RWKV for images, with pos_emb"),
-    (r"\.attention\.time_", "an RWKV in the Hugging Face layout"),
-    (r"att\.time_maa_x ", "an RWKV-6"),
-    (r"att\.ln_x\.weight ", "an RWKV-5"),
-    (r"att\.time_mix \(", "an RWKV-2"),
-    (r"att\.time_decay \(\d+, 1\)", "an RWKV-3"),
-    (r"att\.time_decay ", "an RWKV-4"),
-)
-
-
-def version(tensors: dict[str, Tensor]) -> str:
-    """Which RWKV these are the tensors of; they do not state it."""
-    seen = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()]
-    for pattern, what in VERSIONS:
-        if any(re.search(pattern, line) for line in seen):
-            return what
-    return f"no RWKV: it holds {', '.join(seen[:3])}"
-
-
-def to_ours(tensors):
-    """Yield (our name, our tensor) for each published one."""
-    for name, tensor in tensors:
-        yield name.removeprefix("_forward_module."), tensor             # DeepSpeed's prefix
-
-
-def to_published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Ours are the published ones."""
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def fitted(tensor: Tensor, shape: torch.Size | None) -> Tensor:
-    """The tensor in this shape, if they differ by axes of length 1 only: files have them or not."""
-    bare = [[n for n in sizes if n != 1] for sizes in (tensor.shape, shape or ())]
-    return tensor.reshape(shape) if bare[0] == bare[1] else tensor
-
-
-def read_sizes(tensors: dict[str, Tensor], path: Path) -> dict:
-    """The sizes in RWKV6Config that shapes tell; ValueError if they are of another model."""
-    found = version(tensors)
-    if found != "an RWKV-6":
-        raise ValueError(f"{path} is {found}: only RWKV-6 (x060) is supported")
-    try:
-        vocab_size, n_embd = tensors["emb.weight"].shape
-        bonus = tensors["blocks.0.att.time_faaaa"]                      # (H, D)
-        return dict(
-            vocab_size=vocab_size, n_embd=n_embd,
-            n_layer=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
-            head_size=(bonus if bonus.dim() == 2 else bonus.squeeze()).shape[-1],
-            dim_ffn=tensors["blocks.0.ffn.key.weight"].shape[0],
-            mix_lora=tensors["blocks.0.att.time_maa_w1"].shape[1] // 5,
-            decay_lora=tensors["blocks.0.att.time_decay_w1"].shape[1],
-            tuned_state="blocks.0.att.time_state" in tensors)
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} is {found} of which parts are missing: {error}") from None
-
-
-def read_config(path: Path) -> RWKV6Config:
-    """What a config.json adds, if there is one: group_norm_eps and the special ids."""
-    stated = read_json(path) if path.exists() else {}
+def read_pth(path: Path) -> tuple[RWKV6Config, dict[str, Tensor]]:
+    """(config, tensors) of a .pth, or of the one in a folder. config.json beside it is optional."""
+    files = sorted(path.glob("*.pth")) if path.is_dir() else [path]
+    if len(files) != 1:
+        raise ValueError(f"{path} holds {[file.name for file in files]}: pass the path of one .pth")
+    tensors = torch.load(files[0], map_location="cpu", weights_only=True,
+                         mmap=zipfile.is_zipfile(files[0]))             # no zip before torch 1.6
+    tensors = {name.removeprefix("_forward_module."): tensor                # DeepSpeed's prefix
+               for name, tensor in tensors.items()}
+    beside = files[0].with_name("config.json")
+    stated = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
     if stated.get("model_type", "rwkv6") != "rwkv6":
-        raise ValueError(f"{path} says model_type = {stated['model_type']!r}: only 'rwkv6' is "
-                         "supported")
-    eos = stated.get("eos_token_id")
-    return RWKV6Config(
-        group_norm_eps=stated.get("group_norm_eps", RWKV6Config.group_norm_eps),
-        bos_id=stated.get("bos_token_id"), pad_id=stated.get("pad_token_id"),
-        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
-
-
-def published_config(config: RWKV6Config, dtype: torch.dtype) -> dict:
-    """What config.json says of a model whose weights have this dtype: what shapes do not tell."""
-    eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
-    return {"architectures": ["RWKV6"], "model_type": "rwkv6", "tie_word_embeddings": False,
-            "group_norm_eps": config.group_norm_eps,
-            "torch_dtype": str(dtype).removeprefix("torch."),
-            "bos_token_id": config.bos_id, "eos_token_id": eos, "pad_token_id": config.pad_id}
-
-
-# --- main: the same in every model file, but for the class (tests/test_same.py) ---
-def main() -> None:
-    """Continue a prompt, on the screen as it is written. chat.py does more."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("weights", help="a checkpoint: folder or file")
-    parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--tokenizer", help="folder, file or name, if not beside the weights")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
-    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this mass")
-    parser.add_argument("--seed", type=int, help="the same seed draws the same text")
-    parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them there is")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")                            # where a letter is unknown
-    here = [torch.cuda.is_available(), torch.backends.mps.is_available(), True]
-    device = args.device or ("cuda", "mps", "cpu")[here.index(True)]
-    times = []
-    try:
-        from tokenizer import load_tokenizer             # text needs it; generate() on ids does not
-        tokenizer = load_tokenizer(args.tokenizer or args.weights)
-        model = RWKV6.from_pretrained(args.weights, device, getattr(torch, args.dtype or "", None))
-        begin = args.prompt.rstrip(" ")                  # the space is a part of the next word
-        prompt, decoder = tokenizer.encode(begin), tokenizer.stream_decoder()
-        if tokenizer.bos_id is not None or not prompt:
-            prompt.insert(0, tokenizer.end_id if tokenizer.bos_id is None else tokenizer.bos_id)
-
-        def show(row, id):
-            times.append(time.perf_counter())
-            print(decoder.feed([id]) if id not in tokenizer.stop_ids else "", end="", flush=True)
-        print(begin, end="", flush=True)
-        model.generate([prompt], args.max_new_tokens, temperature=args.temperature, seed=args.seed,
-                       top_k=args.top_k, top_p=args.top_p, stop=tokenizer.stop_ids, on_token=show)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
-    print(f"{decoder.finish()}\n[{len(times)} tokens, {speed:.1f} tokens/s]")
-
-
-if __name__ == "__main__":
-    main()
-# --- end of main ---
+        raise ValueError(f"{path} has model_type {stated['model_type']!r}, not 'rwkv6'")
+    V, C = tensors["emb.weight"].shape
+    bonus = tensors["blocks.0.att.time_faaaa"].squeeze()                # (H, D)
+    sizes = dict(vocab_size=V, n_embd=C, dim_ffn=len(tensors["blocks.0.ffn.key.weight"]),
+                 n_layer=len({name.split(".")[1] for name in tensors if name[:7] == "blocks."}),
+                 head_size=bonus.shape[-1],
+                 mix_lora=tensors["blocks.0.att.time_maa_w1"].shape[1] // 5,
+                 decay_lora=tensors["blocks.0.att.time_decay_w1"].shape[1],
+                 tuned_state="blocks.0.att.time_state" in tensors)
+    known = {field.name: stated[field.name] for field in fields(RWKV6Config)
+             if stated.get(field.name) is not None}
+    return RWKV6Config(**{**known, **sizes}), tensors                   # shapes do not lie

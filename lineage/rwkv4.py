@@ -48,6 +48,7 @@ import itertools
 import json
 import math
 import os
+import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -498,7 +499,8 @@ def read_pth(path: Path) -> tuple[RWKV4Config, dict[str, Tensor]]:
     files = sorted(path.glob("*.pth")) if path.is_dir() else [path]
     if len(files) != 1:
         raise ValueError(f"{path} holds {[file.name for file in files]}: pass the path of one .pth")
-    tensors = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
+    tensors = torch.load(files[0], map_location="cpu", weights_only=True,
+                         mmap=zipfile.is_zipfile(files[0]))             # no zip before torch 1.6
     tensors = {name.removeprefix("_forward_module."): tensor                # DeepSpeed's prefix
                for name, tensor in tensors.items()}
     beside = files[0].with_name("config.json")

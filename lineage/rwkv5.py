@@ -49,6 +49,7 @@ import itertools
 import json
 import math
 import os
+import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -149,7 +150,7 @@ def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
 def wkv5_chunks(r, k, v, w, u, S):
     """`wkv5` for any T. Tokens of one chunk read each other by a matrix A, the rest through S.
 
-    A[t, t] = (r_t u) k_tᵀ, and A[t, s] = (r_t e^((t-1-s) w)) k_sᵀ for s < t. Two blocks make one:
+    A[t, t] = (r_t u) k_tᵀ, and A[t, s] = (r_t e^((t-1-s) w)) k_sᵀ for s < t. Two blocks join to:
 
         A0      0           r1 carries the decay since its block began, k0 that until its block
         r1 k0ᵀ  A1          ends: together, from the earlier token to the later one
@@ -527,7 +528,8 @@ def read_pth(path: Path) -> tuple[RWKV5Config, dict[str, Tensor]]:
     files = sorted(path.glob("*.pth")) if path.is_dir() else [path]
     if len(files) != 1:
         raise ValueError(f"{path} holds {[file.name for file in files]}: pass the path of one .pth")
-    tensors = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
+    tensors = torch.load(files[0], map_location="cpu", weights_only=True,
+                         mmap=zipfile.is_zipfile(files[0]))             # no zip before torch 1.6
     tensors = {name.removeprefix("_forward_module."): tensor                # DeepSpeed's prefix
                for name, tensor in tensors.items()}
     beside = files[0].with_name("config.json")
