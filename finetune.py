@@ -571,7 +571,7 @@ class GRPO(Task):
         return {"rows": [(ids, ids)], "prompt": asked[-1]["content"]} if fits else None
 
     def draw(self, prompts: list[dict], seed: int) -> list[dict]:
-        """A group of completions of each prompt: their tokens, text, reward and advantage."""
+        """A group of completions of each prompt, as examples, with what each of them earned."""
         size, made = self.settings.group, []
         asked = [prompt["rows"][0][0] for prompt in prompts for _ in range(size)]
         drawn = [[] for _ in asked]          # with the stop tokens, which generate leaves out
@@ -581,18 +581,23 @@ class GRPO(Task):
             self.model.generate(asked[first:first + most], self.settings.max_new_tokens,
                                 temperature=self.settings.temperature, stop=self.stop,
                                 seed=seed + first, on_token=lambda row, id: rows[row].append(id))
-        for prompt, group in zip(prompts, (drawn[i:i + size] for i in range(0, len(drawn), size))):
-            texts = [self.tokenizer.to_bytes([id for id in ids if id not in self.silent], False)
-                     .decode("utf-8", "replace") for ids in group]
-            rewards = self.score(prompt["prompt"], texts, [ids[-1] in self.stop for ids in group])
-            made += [{"prompt": prompt, "ids": ids, "text": content, "reward": r, "advantage": a}
-                     for ids, content, r, a in zip(group, texts, rewards, advantages(rewards))]
+        for n, prompt in enumerate(prompts):
+            ids, group = prompt["rows"][0][0], drawn[n * size:(n + 1) * size]
+            texts = [self.tokenizer.to_bytes([id for id in new if id not in self.silent], False)
+                     .decode("utf-8", "replace") for new in group]
+            rewards = self.score(prompt["prompt"], texts, [new[-1] in self.stop for new in group])
+            for new, words, reward, better in zip(group, texts, rewards, advantages(rewards)):
+                row = ([*ids, *new][:-1], [-100] * (len(ids) - 1) + new)
+                made.append({"rows": [row], "prompt": prompt["prompt"], "text": words,
+                             "drawn": len(new), "reward": reward, "advantage": better})
         return made
 
     def means(self, made: list[dict]) -> dict:
         """Of completions drawn: reward, length, and which part no other of their group equals."""
-        different = len({(id(m["prompt"]), m["text"]) for m in made})
-        sums = self.run.sum(sum(m["reward"] for m in made), sum(len(m["ids"]) for m in made),
+        size = self.settings.group
+        different = sum(len({m["text"] for m in made[i:i + size]})
+                        for i in range(0, len(made), size))
+        sums = self.run.sum(sum(m["reward"] for m in made), sum(m["drawn"] for m in made),
                             different, len(made))
         return {n: total / sums[3] for n, total in zip(("reward", "length", "distinct"), sums)}
 
@@ -600,13 +605,9 @@ class GRPO(Task):
     def rollouts(self, prompts: list[dict], step: int) -> list[dict[str, Tensor]]:
         """Micro-batches of new completions, with their log-probabilities now and at the start."""
         seed = (self.settings.seed * 1_000_003 + step) * self.run.world + self.run.rank
-        made, examples, batches = self.draw(prompts, seed), [], []
+        made, batches = self.draw(prompts, seed), []
         self.kept["means"] = self.means(made)
-        for m in made:
-            prompt = m["prompt"]["rows"][0][0]
-            row = ([*prompt, *m["ids"]][:-1], [-100] * (len(prompt) - 1) + m["ids"])
-            examples.append({"rows": [row], "advantage": m["advantage"]})
-        for _, batch in self.batches(examples):
+        for _, batch in self.batches(made):
             with self.run.autocast():
                 batch["old"] = log_probs(self.model, batch, self.settings.temperature)
                 batch["reference"] = (log_probs(self.start, batch, self.settings.temperature)
@@ -621,7 +622,7 @@ class GRPO(Task):
 
     def sample(self, prompts: list[dict]) -> str:
         """Completions of held-out prompts, the first of each group."""
-        return "\n".join(f"--- reward {m['reward']:g} ---\n{m['prompt']['prompt']}{m['text']}"
+        return "\n".join(f"--- reward {m['reward']:g} ---\n{m['prompt']}{m['text']}"
                          for m in self.draw(prompts, seed=1)[::self.settings.group])
 
 
@@ -1113,7 +1114,7 @@ def finetune(settings: Settings, given: set[str]) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         step, run.started = saved["step"], time.time() - saved["spent"]
-        if run.world > 1:                    # each process has drawn its own
+        if max(run.world, saved["world"]) > 1:                          # each has drawn its own
             task.kept.pop("round", None)
         if saved["world"] != run.world:
             run.say(f"resume     not bit-exactly: started on {saved['world']} processes")
@@ -1145,9 +1146,9 @@ def finetune(settings: Settings, given: set[str]) -> None:
             step += 1
             pace.after(step)
             drawn = task.kept.get("means", {})                          # by GRPO
-            run.say_step(f"step {step}/{pace.steps}  loss {mean:.4f}  lr {lr:.2e}  norm {norm:.2f}"
-                         + "".join(f"  {name} {value:.2f}" for name, value in drawn.items())
-                         + f"  {speed:,.0f} tokens/s  {train.clock(pace.left)} left", step,
+            earned = f"  reward {drawn['reward']:.3f}" if drawn else ""
+            run.say_step(f"step {step}/{pace.steps}  loss {mean:.4f}{earned}  lr {lr:.2e}  norm "
+                         f"{norm:.2f}  {speed:,.0f} tokens/s  {train.clock(pace.left)} left", step,
                          pace.steps)
             run.log(step=step, loss=mean, lr=lr, norm=norm, tokens_per_s=speed, skipped=skipped,
                     seconds=time.time() - run.started, peak_bytes=train.peak_bytes(run.device),
