@@ -18,9 +18,8 @@ which package a docstring comes from, whose docstring it is, function headers to
 peft opens for the models that transformers knows. What comes out is a run directory for chat.py.
 
 From the top: settings; what a row says; sequences and batches; the four losses; the four tasks;
-LoRA; rows of files and default rows; loading; `finetune`, with the loop. A batch goes from
-`Batches` through `training_step` of train.py, which has optimiser and schedule too, to the
-`forward` of its task.
+LoRA; rows of files and default rows; loading; `finetune`, with the loop. To change the data, see
+`Batches`; a loss, its task's `forward`; optimiser and schedule are those of train.py.
 
 References: Hu et al. 2021, "LoRA"; Rafailov et al. 2023, "Direct Preference Optimization"; Shao et
 al. 2024, "DeepSeekMath" (GRPO); Yu et al. 2025, "DAPO" (the mean over tokens, not over sequences).
@@ -44,7 +43,6 @@ import textwrap
 import time
 import tokenize
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -61,7 +59,7 @@ from train import Run, flag
 # ---------------------------------------------------------------------------------------- settings
 
 
-@dataclass
+@dataclasses.dataclass
 class Settings(train.Common):
     """Settings of finetune.py. task: the only one that a flag belongs to; needs: another flag."""
     data: list[str] = flag([], "files of examples (without: made from Python's standard library)")
@@ -108,13 +106,12 @@ class Settings(train.Common):
 REPLY_TO = {"messages": None, "instruction": "output"}
 
 
-def strings(row: dict, *names: str) -> list[str]:
-    """These fields of a row; ValueError with what it has instead."""
-    for name in names:
-        if not isinstance(row.get(name), str):
-            has = ", ".join(str(key) for key in row if key != "where")
-            raise ValueError(f"{row.get('where', 'a row')} has {has}: it needs a text \"{name}\"")
-    return [row[name] for name in names]
+def string(row: dict, name: str) -> str:
+    """The text under this key; ValueError with the keys that there are instead."""
+    if not isinstance(row.get(name), str):
+        has = ", ".join(str(key) for key in row if key != "where")
+        raise ValueError(f"{row.get('where', 'a row')} has {has}: it needs a text \"{name}\"")
+    return row[name]
 
 
 def label_of(row: dict) -> str:
@@ -138,11 +135,12 @@ def conversation(row: dict, reply: str = "completion") -> list[dict]:
         del fields[asked]                    # the reply holds its prompt
     messages = []
     for key, role in fields.items():
-        messages += row[key] if isinstance(row.get(key), list) else [
-            {"role": role, "content": strings(row, key)[0]}]
+        value = row.get(key)
+        messages += (value if isinstance(value, list) else
+                     [{"role": role, "content": string(row, key)}])
     if not messages or not all(isinstance(message, dict) for message in messages):
-        where = row.get("where", "a row")
-        raise ValueError(f"{where}: messages are [{{\"role\", \"content\"}}, ...]")
+        raise ValueError(row.get("where", "a row")
+                         + ': messages are [{"role", "content"}, ...]')
     if "instruction" in fields and row.get("input"):
         messages[0] = {**messages[0], "input": row["input"]}
     return messages
@@ -204,7 +202,7 @@ def length(example: dict) -> int:
 def groups(examples: list[dict], budget: int):
     """Yield lists of examples of similar length: at most `budget` tokens each, padding included.
 
-    One list more costs a small model the time of about 128 tokens: as much padding may be cheaper.
+    A batch more costs a small model the time of about 128 tokens: so much padding is worth it.
     """
     group = []
     for example in sorted(examples, key=length):
@@ -311,15 +309,9 @@ def log_probs(model, batch: dict, temperature: float = 1.0, penalty: float = 0.0
 
 class Task(nn.Module):
     """A model and its loss: forward(batch) gives (sum, number of targets), so that DDP, FSDP and
-    torch.compile can wrap it. Each of the four tasks also has
-
-        example(row)          -> {"rows": [(inputs, targets), ...], what else the loss needs}, or
-                                 None if cutting leaves nothing
-        measures(examples)    -> {name: value}
-        sample(examples)      -> a text to show
-
-    kept: what a resumed run needs beside the weights.
-    """
+    torch.compile can wrap it. Each of the four has, too, example(row): {"rows": [(inputs, targets),
+    ...]} and what else the loss needs, or None where cutting leaves nothing; measures(examples):
+    {name: value}; sample(examples): a text. kept: what a resumed run needs beside the weights."""
 
     def __init__(self, settings: Settings, run: Run, tokenizer, model, kept: dict):
         super().__init__()
@@ -358,8 +350,9 @@ class Task(nn.Module):
     def save_pretrained(self, out: Path) -> None:
         """What checkpoints.publish writes of the weights."""
         if self.settings.lora and not self.settings.merge:
-            return save_adapter(self.model, self.settings, out)
-        merged(self.model).save_pretrained(out)
+            save_adapter(self.model, self.settings, out)
+        else:
+            merged(self.model).save_pretrained(out)
 
 
 class SFT(Task):
@@ -433,7 +426,7 @@ class Classify(Task):
 
     def sequence(self, row: dict) -> tuple[list[int], list[int]]:
         """(inputs, no targets) of a text."""
-        ids = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(strings(row, "text")[0])]
+        ids = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(string(row, "text"))]
         ids = (ids or ending(self.tokenizer))[:self.settings.context]
         return ids, [-100] * len(ids)
 
