@@ -92,7 +92,7 @@ class Settings(train.Common):
     predict: str | None = flag(None, "label the texts of this file, and stop", task="classify")
     beta: float = flag(0.1, "what leaving the start costs", task="dpo", above=0)
     label_smoothing: float = flag(0.0, "fraction of wrong preferences", task="dpo", low=0, high=0.5)
-    reward: str | None = flag(None, "EXECUTED: has reward(prompt, completion)", task="grpo")
+    reward: str | None = flag(None, "EXECUTED file of reward(prompt, completion)", task="grpo")
     group: int = flag(8, "completions of each prompt", task="grpo", low=2)
     temperature: float = flag(0.8, "of sampling", task="grpo", above=0)
     updates: int = flag(2, "steps on the same completions", task="grpo", low=1)
@@ -101,8 +101,8 @@ class Settings(train.Common):
 
 # ---------------------------------------------------------------------------------- what a row says
 
-# The reply to what stands under one of these keys: in the same list, or under another key. Without
-# them it is "prompt" and "completion". Each is a text or a list of messages.
+# Where the reply stands if the prompt stands under one of these keys: None is in the same list.
+# Else they are "prompt" and "completion". Each is a text or a list of messages.
 REPLY_TO = {"messages": None, "instruction": "output"}
 
 
