@@ -56,7 +56,7 @@ from checkpoints import (check_vocabulary, config_values, eos_tokens, identify, 
                          readable, resume_settings, save_resume, saved_tokenizer, write_text)
 from train import Run, flag
 
-# ---------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 @dataclasses.dataclass
@@ -171,7 +171,7 @@ def ending(tokenizer) -> list[int]:
     reply = tokenizer.chat_parts(silence)[-1][0]
     return reply if tokenizer.chat_format == "world" else reply[-1:]    # there: a blank line
 
-# --------------------------------------------------------------------------- sequences and batches
+# ---------------------------------------------------------------------------- sequences and batches
 
 
 def sequence(tokenizer, messages, limit: int, where="", everything=False):
@@ -255,7 +255,7 @@ class Batches(train.Batches):
         """This process's micro-batches of a step."""
         return [collate(group, self.context) for group in groups(self.chosen(step), self.budget)]
 
-# -------------------------------------------------------------------------------- the four losses
+# ---------------------------------------------------------------------------------- the four losses
 
 
 def sft_loss(log_probs: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ def log_probs(model, batch: dict, temperature: float = 1.0, penalty: float = 0.0
     losses = train.token_losses(model, hidden, targets, temperature, penalty)           # (N,)
     return torch.zeros(learned.shape, device=losses.device).masked_scatter(learned, -losses)
 
-# ---------------------------------------------------------------------------------- the four tasks
+# ----------------------------------------------------------------------------------- the four tasks
 
 
 class Task(nn.Module):
@@ -636,7 +636,7 @@ def load_reward(path: str):
         return values
     return score
 
-# -------------------------------------------------------------------------------------------- LoRA
+# --------------------------------------------------------------------------------------------- LoRA
 
 
 class LoRALinear(nn.Module):
@@ -741,7 +741,7 @@ def load_adapter(folder: Path, model) -> None:
                              f"{type(model).__name__}: was it made for another model?")
         own.data.copy_(tensors[key])
 
-# ---------------------------------------------------------------------------------- rows of files
+# ------------------------------------------------------------------------------------ rows of files
 
 
 def read_rows(data: list[str]) -> list[dict]:
@@ -809,7 +809,7 @@ def split(rows: list[dict], settings: Settings) -> tuple[list[dict], list[dict]]
     dice.shuffle(held)
     return learn, held
 
-# ----------------------------------------------------------------------------------- default rows
+# ------------------------------------------------------------------------------------- default rows
 
 
 def definitions():
@@ -908,7 +908,7 @@ def code_reward(prompt: str, completions: list[str], ended: list[bool]) -> list[
         seen |= new
     return rewards
 
-# ---------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------------ loading
 
 # task -> its class, default rows, examples in a step, epochs, learning rate relative to sft's
 RECIPES = {"sft": (SFT, question_rows, 16, 3, 1.0), "classify": (Classify, label_rows, 16, 4, 1.0),
@@ -1041,7 +1041,7 @@ def plan(settings: Settings, run: Run, name: str, task: Task, learn: list[dict],
                 f", chat format {settings.chat}" if settings.task != "classify" else ""))
     return max(rows, round(rows * known / len(learn)))
 
-# -------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 
 
 def finetune(settings: Settings, given: set[str]) -> None:
