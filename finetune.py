@@ -18,31 +18,24 @@ which package a docstring comes from, whose docstring it is, function headers to
 peft opens for the models that transformers knows. What comes out is a run directory for chat.py.
 
 From the top: settings; what a row says; sequences and batches; the four losses; the four tasks;
-LoRA; rows of files and default rows; loading; `finetune`, with the loop. To change the data, see
-`Batches`; a loss, its task's `forward`; optimiser and schedule are those of train.py.
+loading; `finetune`, with the loop. Adapters are in lora.py, files and default rows in rows.py. To
+change the data, see `Batches`; a loss, its task's `forward`; optimiser and schedule are train.py's.
 
 References: Hu et al. 2021, "LoRA"; Rafailov et al. 2023, "Direct Preference Optimization"; Shao et
 al. 2024, "DeepSeekMath" (GRPO); Yu et al. 2025, "DAPO" (the mean over tokens, not over sequences).
 """
-import ast
 import contextlib
 import copy
-import csv
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import os
 import random
-import re
 import runpy
 import shutil
 import sys
-import textwrap
 import time
-import tokenize
-import warnings
 from pathlib import Path
 
 import torch
@@ -53,7 +46,10 @@ import tokenizer as text
 import train
 from checkpoints import (check_vocabulary, config_values, eos_tokens, identify, load_checkpoint,
                          load_resume, locate, make_run_directory, model_parts, publish, read_json,
-                         readable, resume_settings, save_resume, saved_tokenizer, write_text)
+                         readable, resume_settings, save_resume, saved_tokenizer)
+from lora import LoRALinear, adapters, add_lora, load_adapter, merged, save_adapter  # noqa: F401
+from rows import (code_reward, header_rows, label_rows, preference_rows, question_rows,
+                  read_rows)
 from train import Run, flag
 
 # ----------------------------------------------------------------------------------------- settings
@@ -636,160 +632,11 @@ def load_reward(path: str):
         return values
     return score
 
-# --------------------------------------------------------------------------------------------- LoRA
+# ------------------------------------------------------------------------------------------ loading
 
-
-class LoRALinear(nn.Module):
-    """W x + scale B A x. W stays as it was; A (rank, in) and B (out, rank) learn, B from 0."""
-
-    def __init__(self, linear: nn.Linear, rank: int, scale: float):
-        super().__init__()
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
-        self.lora_A = nn.Parameter(self.weight.new_empty(rank, linear.in_features))
-        self.lora_B = nn.Parameter(self.weight.new_zeros(linear.out_features, rank))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))           # as its authors, and peft
-
-    def forward(self, x):
-        return (F.linear(x, self.weight, self.bias)
-                + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B))
-
-
-def adapters(model) -> dict[str, LoRALinear]:
-    """The layers that have an adapter, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-
-
-def add_lora(model, settings: Settings) -> None:
-    """Give every linear layer that --lora-targets matches an adapter; only adapters learn.
-
-    Not a tied head: its weight is the token table's.
-    """
-    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    layers = {name: module for name, module in model.named_modules()
-              if isinstance(module, nn.Linear) and not any(module.weight is t for t in tables)}
-    try:
-        matched = [name for name in layers if re.search(settings.lora_targets, name)]
-    except re.error as error:
-        raise ValueError(f"--lora-targets {settings.lora_targets}: {error}") from None
-    if not matched:
-        raise ValueError(f"--lora-targets {settings.lora_targets} matches no linear layer of this "
-                         f"model: it has {', '.join([*layers][:7])} ...")
-    model.requires_grad_(False)
-    for name in matched:
-        scale = settings.lora_alpha / settings.lora
-        model.set_submodule(name, LoRALinear(layers[name], settings.lora, scale))
-
-
-@torch.no_grad()
-def merged(model, strength: float = 1.0):
-    """A plain model that computes the same as this one with adapters, or with strength 0 what it
-    did without them. All else is shared with it. (Not its code: see train.checkpoint_blocks.)"""
-    plain = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    for name, m in adapters(plain).items():
-        linear = nn.Linear(*m.weight.shape[::-1], bias=False, device="meta")
-        linear.weight, linear.bias = m.weight, m.bias
-        if strength:
-            linear.weight = nn.Parameter(m.weight + strength * m.scale * m.lora_B @ m.lora_A)
-        plain.set_submodule(name, linear)
-    return plain.eval()
-
-
-def peft_prefix(model) -> str:
-    """What peft has before our name of a layer; the rest is transformers' name."""
-    return "base_model.model." + "transformer." * (type(model).__name__ == "GPT")
-
-
-def save_adapter(model, settings: Settings, out: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, as peft does."""
-    from safetensors.torch import save_file
-    prefix, file = peft_prefix(model), out / "adapter_model.safetensors"
-    tensors = {f"{prefix}{name}.lora_{part}.weight": getattr(module, f"lora_{part}").detach()
-               for name, module in adapters(model).items() for part in "AB"}
-    save_file(tensors, f"{file}.part", {"format": "pt"})
-    os.replace(f"{file}.part", file)
-    write_text(out / "adapter_config.json", json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
-        "base_model_name_or_path": str(Path(settings.init_from).resolve()), "r": settings.lora,
-        "lora_alpha": settings.lora_alpha, "lora_dropout": 0.0,
-        "fan_in_fan_out": type(model).__name__ == "GPT",                # transformers' Conv1D
-        "target_modules": [prefix.removeprefix("base_model.model.") + name
-                           for name in adapters(model)]}, indent=2) + "\n")
-
-
-def load_adapter(folder: Path, model) -> None:
-    """Put the adapters of a folder in peft's layout into the model they were made for."""
-    stated, prefix = read_json(folder / "adapter_config.json"), peft_prefix(model)
-    for name, plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False),
-                        ("alpha_pattern", {})):
-        if (stated.get(name) or plain) != plain:
-            raise ValueError(f"{folder}: {name} is {stated[name]!r}, only {plain!r} is supported")
-    from safetensors.torch import load_file
-    with readable(folder):
-        tensors = load_file(folder / "adapter_model.safetensors")
-    for key in sorted(tensors):              # A before B
-        name, _, part = key.removeprefix(prefix).rpartition(".lora_")
-        module = dict(model.named_modules()).get(name)
-        if part == "A.weight" and isinstance(module, nn.Linear):
-            rank = len(tensors[key])
-            scale = stated.get("lora_alpha", 8) / (  # peft's default
-                math.sqrt(rank) if stated.get("use_rslora") else rank)
-            module = LoRALinear(module, rank, scale)
-            model.set_submodule(name, module)
-        own = getattr(module, f"lora_{part[:1]}", None)
-        if own is None or own.shape != tensors[key].shape:
-            raise ValueError(f"{folder}: {key} {tuple(tensors[key].shape)} is no adapter of this "
-                             f"{type(model).__name__}: was it made for another model?")
-        own.data.copy_(tensors[key])
-
-# ------------------------------------------------------------------------------------ rows of files
-
-
-def read_rows(data: list[str]) -> list[dict]:
-    """The rows of .jsonl, .json, .csv, .tsv and .txt files; "where" tells each row's place."""
-    rows = []
-    for _, path in text.find_files(data):
-        try:
-            content, kind = path.read_text(encoding="utf-8-sig"), path.suffix.lower()
-            lines = content.removesuffix("\n").split("\n")
-            if kind == ".jsonl":
-                found = [(n, json.loads(line)) for n, line in enumerate(lines, 1) if line.strip()]
-            elif kind == ".json":
-                found = [*enumerate(json.loads(content), 1)]
-            elif kind == ".csv":
-                found = table_rows(content, delimiter=",")
-            elif kind == ".tsv":
-                found = tab_separated(content, lines)
-            elif kind == ".txt":
-                found = [(n, {"text": line}) for n, line in enumerate(lines, 1)]
-            else:
-                raise ValueError("take .jsonl, .json, .csv or .tsv; .txt for --predict")
-        except (ValueError, TypeError, csv.Error) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
-        for n, row in found:
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, row {n}: an object is needed, not {row!r:.60}")
-            rows.append({**row, "where": f"{path}, row {n}"})
-    return rows
-
-
-def table_rows(content: str, **form) -> list[tuple[int, dict]]:
-    """(line, row) of a table whose first line has the names."""
-    csv.field_size_limit(2**31 - 1)
-    table = csv.DictReader(io.StringIO(content, newline=""), strict=True, **form)
-    return [(table.line_num, row) for row in table]
-
-
-def tab_separated(content: str, lines: list[str]) -> list[tuple[int, dict]]:
-    """(line, row) of a .tsv file, where quotes may be only characters; two columns without names
-    are label and text, as in the SMS Spam Collection."""
-    names = [name.strip('"') for name in lines[0].split("\t")]
-    if len(names) == 2 and not {"text", "label"} & set(names):
-        return [(n, dict(zip(("label", "text"), line.split("\t", 1))))
-                for n, line in enumerate(lines, 1)]
-    try:
-        return table_rows(content, delimiter="\t")
-    except csv.Error:
-        return table_rows(content, delimiter="\t", quoting=csv.QUOTE_NONE)
+# task -> its class, default rows, examples in a step, epochs, learning rate relative to sft's
+RECIPES = {"sft": (SFT, question_rows, 16, 3, 1.0), "classify": (Classify, label_rows, 16, 4, 1.0),
+           "dpo": (DPO, preference_rows, 16, 2, 0.3), "grpo": (GRPO, header_rows, 8, 1, 1.0)}
 
 
 def split(rows: list[dict], settings: Settings) -> tuple[list[dict], list[dict]]:
@@ -808,111 +655,6 @@ def split(rows: list[dict], settings: Settings) -> tuple[list[dict], list[dict]]
     dice.shuffle(learn)
     dice.shuffle(held)
     return learn, held
-
-# ------------------------------------------------------------------------------------- default rows
-
-
-def definitions():
-    """Yield (dotted name, node, lines of its file) of each public function and class of Python's
-    standard library. Its sources are parsed; nothing is imported."""
-    def inside(node, name):
-        for child in node.body:
-            kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-            if isinstance(child, kinds) and not child.name.startswith("_"):
-                yield f"{name}.{child.name}", child
-                if isinstance(child, ast.ClassDef):
-                    yield from inside(child, f"{name}.{child.name}")
-    for file, path in train.standard_library():
-        module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        if all(part.isidentifier() and part[0] != "_" for part in module.split(".")):
-            with contextlib.suppress(SyntaxError, ValueError), warnings.catch_warnings():
-                warnings.simplefilter("ignore")                         # of old escapes
-                with tokenize.open(path) as source:                     # in its own encoding
-                    content = source.read()
-                tree, lines = ast.parse(content), content.split("\n")   # no line ends at \f in ast
-                for name, node in inside(tree, module.replace("posixpath", "os.path")):
-                    yield name, node, lines
-
-
-def question_rows() -> list[dict]:
-    """{"instruction", "output"}: what a function does, in the first paragraph of its docstring; of
-    functions with the same one the first, so that no held-out answer stands in what is learned."""
-    found = {}
-    for name, node, _ in definitions():
-        if not isinstance(node, ast.ClassDef) and (doc := ast.get_docstring(node)):
-            found.setdefault(" ".join(doc.split("\n\n")[0].split()), f"What does `{name}` do?")
-    return [{"instruction": question, "output": answer}
-            for answer, question in found.items() if answer]
-
-
-def label_rows() -> list[dict]:
-    """{"text", "label"}: docstrings, none twice, and which package they come from."""
-    packages = "asyncio email http logging multiprocessing tkinter unittest xml".split()
-    labels = dict(zip(packages, packages)) | {"concurrent": "multiprocessing", "urllib": "http"}
-    seen = {}
-    for name, node, _ in definitions():
-        label, doc = labels.get(name.split(".")[0]), ast.get_docstring(node)
-        if label and doc and doc.strip():
-            seen.setdefault(doc.strip(), label)
-    return [{"text": doc, "label": label} for doc, label in seen.items()]
-
-
-def preference_rows() -> list[dict]:
-    """{"prompt", "chosen", "rejected"}: a function's docstring rather than another's."""
-    rows = question_rows()
-    others = [row["output"] for row in rows]
-    random.Random(0).shuffle(others)
-    return [{"prompt": row["instruction"], "chosen": row["output"], "rejected": other}
-            for row, other in zip(rows, others) if other != row["output"]]
-
-
-def header_rows() -> list[dict]:
-    """{"prompt"}: headers, none twice, of functions and methods that are short and would themselves
-    earn the reward."""
-    found = {}
-    for _, node, lines in definitions():
-        bodies = node.body[ast.get_docstring(node, clean=False) is not None:]
-        if isinstance(node, ast.FunctionDef) and bodies:
-            header = "\n".join(lines[node.lineno - 1:node.body[0].lineno - 1]) + "\n"
-            body = "\n".join(lines[bodies[0].lineno - 1:node.end_lineno])
-            both, length = textwrap.dedent(header + body), len(textwrap.dedent(header))
-            if len(both) < 160 and code_reward(both[:length], [both[length:]], [True]) == [1.0]:
-                found[both[:length]] = None
-    return [{"prompt": header} for header in found]
-
-
-def statements(source: str) -> set[str] | None:
-    """The distinct statements of a program, but for its first and those that do nothing (`pass`, a
-    constant or a name alone); None if it is not Python."""
-    def works(node):
-        inside = node.value if isinstance(node, ast.Expr) else node
-        idle = isinstance(inside, (ast.Pass, ast.Constant, ast.Name))
-        return isinstance(node, ast.stmt) and not idle
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(source)
-        return {ast.dump(node) for node in ast.walk(tree)
-                if works(node) and node not in tree.body[:1]}
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
-def code_reward(prompt: str, completions: list[str], ended: list[bool]) -> list[float]:
-    """1 for each completion that makes Python of the prompt, ended by itself, and has at least two
-    statements that its group did not have yet; else 0."""
-    rewards, seen = [], set()
-    for completion, end in zip(completions, ended):
-        new = (statements(prompt + completion) or set()) - seen if end else set()
-        rewards.append(float(len(new) >= 2))
-        seen |= new
-    return rewards
-
-# ------------------------------------------------------------------------------------------ loading
-
-# task -> its class, default rows, examples in a step, epochs, learning rate relative to sft's
-RECIPES = {"sft": (SFT, question_rows, 16, 3, 1.0), "classify": (Classify, label_rows, 16, 4, 1.0),
-           "dpo": (DPO, preference_rows, 16, 2, 0.3), "grpo": (GRPO, header_rows, 8, 1, 1.0)}
 
 
 def check_settings(settings: Settings, given: set[str]) -> None:

@@ -162,7 +162,8 @@ def add_flag(parser: Parser, spec: dataclasses.Field) -> None:
         shape = {"choices": about["choices"], "metavar": "|".join(about["choices"])}
     elif kinds[0] in (int, float):
         shape = {"type": number(kinds[0], **limits), "metavar": kinds[0].__name__.upper()}
-    default = "" if spec.default in (None, False, dataclasses.MISSING) else f" ({spec.default})"
+    left_out = spec.default is None or spec.default is False or spec.default is dataclasses.MISSING
+    default = "" if left_out else f" ({spec.default})"
     only = f"{about['task']}: " if "task" in about else ""
     parser.add_argument(*names, dest=spec.name, help=only + about["help"] + default, **shape)
 
