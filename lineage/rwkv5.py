@@ -10,9 +10,9 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
 
     time_mix(x), with x' the vector of the token before:
         k = (mix_k x + (1 - mix_k) x') W_k;  v, r, g likewise, each with a mix of its own
-        y_t = r_t (S + diag(u) k_tᵀ v_t)                per head of D channels, its S is (D, D)
+        y_t = r_t (S + diag(u) k_tᵀ v_t)                per head of D channels; S: (D, D), from 0
         S <- diag(e^w) S + k_tᵀ v_t                     w = -e^time_decay
-        return (norm(y) silu(g)) W_o                    LayerNorm of each head, the heads joined
+        return (ln_x(y) silu(g)) W_o                    ln_x: each head normed by itself
     channel_mix(x), k and r as above:
         return σ(r) (relu(k)² W_v)
 
@@ -170,7 +170,8 @@ def wkv5_chunks(r, k, v, w, u, S):
         A = torch.cat([F.pad(A0, (0, A.shape[-1])), torch.cat([r1 @ k0.mT, A1], -1)], -2)
         r, k = torch.cat([r0, decay * r1], -2), torch.cat([decay * k0, k1], -2)
     v = v.unflatten(2, (-1, size))                                      # (B, H, n, h, D)
-    before, kept = [], (size * w[:, 0]).exp().mT                        # S as each chunk begins
+    kept = (size * w[:, 0]).exp().mT                                    # of S, (H, D, 1), by chunk
+    before = []                                                         # S as each chunk begins
     for new in (k.mT @ v).unbind(2):                                    # (B, H, D, D)
         before.append(S)
         S = kept * S + new
