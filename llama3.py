@@ -4,7 +4,7 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
 
     x = embed_tokens[token]
     L times:
-        q, k, v = R(h W_q), R(h W_k), h W_v             h = norm(x); H heads of q, K of k and v
+        q, k, v = rotate(h W_q), rotate(h W_k), h W_v   h = norm(x); H heads of q, K of k and v
         y = softmax(q kᵀ / √D + mask) v                 per head of q; mask: -∞ for what comes later
         x = x + concat(y) W_o                           concat: the H heads side by side again
         x = x + (SiLU(h W_gate) * h W_up) W_down        h = norm(x) again; SwiGLU, a gated MLP
@@ -12,7 +12,7 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
 
     norm(x) = x / √(mean(x²) + ε) * weight              RMSNorm, over the channels
     SiLU(x) = x / (1 + exp(-x))
-    R, at position t, rotates each pair of channels (a, b) = (j, j + D/2) of a head:
+    rotate, at position t, turns each pair of channels (a, b) = (j, j + D/2) of a head:
         (a cos φ - b sin φ, a sin φ + b cos φ)          φ = t ω_j,  ω_j = rope_theta^(-2j/D)
 
 What differs from GPT-2 (gpt.py):
@@ -80,7 +80,7 @@ class Llama3Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not name.endswith(("_id", "_word_embeddings")) and not 0 < value < math.inf:
+            if type(value) is not bool and not name.endswith("_id") and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}: it must be positive")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide "
@@ -544,8 +544,8 @@ SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 
 def from_hugging_face(stated: dict) -> Llama3Config:
     """Our config from a published config.json; rope_parameters is what transformers 5 writes."""
-    stated |= {**(stated.get("rope_scaling") or {}), **(stated.get("rope_parameters") or {})}
-    stated = {name: value for name, value in stated.items() if value is not None}
+    rope = stated.get("rope_parameters") or stated.get("rope_scaling") or {}
+    stated = {name: value for name, value in {**stated, **rope}.items() if value is not None}
     stated.setdefault("rope_type", stated.get("type", "default"))       # type: the older name
     for name, *plain in (("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", False),
                          ("mlp_bias", False), ("partial_rotary_factor", 1.0),

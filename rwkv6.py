@@ -9,7 +9,7 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
     logits = ln_out(x) W_head
 
     time_mix(x), with x' the vector of the token before:
-        m_w, m_k, m_v, m_r, m_g = tanh((x + maa_x (x' - x)) maa_w1) maa_w2      five low ranks
+        m_w, m_k, m_v, m_r, m_g = tanh((x + maa_x (x' - x)) maa_w1) maa_w2      low-rank, five parts
         x_k = x + (maa_k + m_k) (x' - x)                        likewise x_w, x_v, x_r, x_g
         w = -exp(decay + tanh(x_w decay_w1) decay_w2)           log of the decay
         r, k, v = x_r W_receptance, x_k W_key, x_v W_value      split into H heads of D channels
@@ -366,8 +366,8 @@ class RWKV6(nn.Module):
         return State(like.new_zeros(batch_size, dtype=torch.int64), last, last.clone(), wkv)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Every parameter once, in groups for torch.optim.AdamW: as the authors have it, the weights of
-        layers and a tuned state decay, time_decay learns twice as fast.
+        """Every parameter once, in groups for torch.optim.AdamW. As the authors have it, matrices
+        (not the LoRAs) and a tuned state decay, and time_decay learns twice as fast.
 
         Two keys are for train.py, AdamW ignores them: `lr_scale`, the authors' factor of the
         learning rate, and `hidden_matrix`, true for the 2-D matrices inside the blocks.
@@ -543,8 +543,9 @@ def read_pth(path: Path) -> tuple[RWKV6Config, dict[str, Tensor]]:
     if stated.get("model_type", "rwkv6") != "rwkv6":
         raise ValueError(f"{path} has model_type {stated['model_type']!r}, not 'rwkv6'")
     V, C = tensors["emb.weight"].shape
-    sizes = dict(vocab_size=V, n_embd=C, dim_ffn=len(tensors["blocks.0.ffn.key.weight"]),
-                 n_layer=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
+    layers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    sizes = dict(vocab_size=V, n_embd=C, n_layer=len(layers),
+                 dim_ffn=len(tensors["blocks.0.ffn.key.weight"]),
                  head_size=tensors["blocks.0.att.time_faaaa"].squeeze().shape[-1],
                  mix_lora=tensors["blocks.0.att.time_maa_w1"].shape[1] // 5,
                  decay_lora=tensors["blocks.0.att.time_decay_w1"].shape[1],

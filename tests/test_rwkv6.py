@@ -542,8 +542,8 @@ def test_config_json_tells_what_shapes_do_not_and_shapes_win(model, golden, tmp_
     """Also one from before config.json named every size, and one with fields that are not ours."""
     shutil.copy(golden / "rwkv6/weights.pth", tmp_path / "model.pth")
     for stated in (dict(group_norm_eps=1e-3, bos_token_id=None, eos_token_id=[0, 3], pad_token_id=1),
-                   dict(group_norm_eps=1e-3, eos_token_id=[0, 3], pad_token_id=1, n_layer=7, head_size=1,
-                        tuned_state=True, ctx_len=1024, model_type="rwkv6")):
+                   dict(group_norm_eps=1e-3, eos_token_id=[0, 3], pad_token_id=1, n_layer=7,
+                        head_size=1, tuned_state=True, ctx_len=1024, model_type="rwkv6")):
         (tmp_path / "config.json").write_text(json.dumps(stated))
         assert RWKV6.from_pretrained(tmp_path).config == replace(
             model.config, group_norm_eps=1e-3, eos_token_id=[0, 3], pad_token_id=1)

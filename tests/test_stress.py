@@ -160,7 +160,7 @@ def test_damaged_examples_are_read_or_refused_in_one_line(name, content, tmp_pat
     def read():
         for row in finetune.read_rows([tmp_path / name]):
             if name == "a.csv":
-                finetune.strings(row, "text")
+                finetune.string(row, "text")
             else:
                 finetune.sequence(tokenizer, finetune.conversation(row), 64, row["where"])
     for _ in range(4000):
