@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import tokenizer as text
+from tokenizer import read_json
 
 MODELS = {"gpt": ("gpt", "GPT"), "llama3": ("llama3", "Llama3"), "glm4": ("glm4", "GLM4"),
           "rwkv6": ("rwkv6", "RWKV6"),
@@ -231,17 +232,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
         or "out of memory" in str(error)
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; ValueError or OSError of one line."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
-
-
 def read_pickle(path: Path) -> dict:
     """The dict in a file of torch.save, mapped into memory; nothing in it is executed."""
     with readable(path):
@@ -254,8 +244,8 @@ def read_pickle(path: Path) -> dict:
 
 def write_text(path: Path, content: str) -> None:
     """Replace a text file as a whole."""
-    Path(f"{path}.part").write_text(content, encoding="utf-8")
-    os.replace(f"{path}.part", path)
+    with text.replacing(path) as file:
+        file.write(content.encode())
 
 
 # ----------------------------------------------------------------------------------- run directory

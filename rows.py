@@ -9,16 +9,16 @@ import textwrap
 import tokenize
 import warnings
 
-import tokenizer as text
+import data
 import train
 
 # ------------------------------------------------------------------------------------ rows of files
 
 
-def read_rows(data: list[str]) -> list[dict]:
+def read_rows(paths: list[str]) -> list[dict]:
     """The rows of .jsonl, .json, .csv, .tsv and .txt files; "where" tells each row's place."""
     rows = []
-    for _, path in text.find_files(data):
+    for path in data.find_files(paths, any_rows=True)[0]:
         try:
             content, kind = path.read_text(encoding="utf-8-sig"), path.suffix.lower()
             lines = content.removesuffix("\n").split("\n")

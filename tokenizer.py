@@ -1,44 +1,38 @@
-"""Text to token ids and back for every model here; trains BPE; packs text into token files.
+"""Text to tokens and back, for every model of this project; BPE training; chat formats.
 
     load_tokenizer("out/gpt")      the tokenizer in a folder (of a checkpoint or a run) or a file
     load_tokenizer("bytes")        256 bytes and <|endoftext|>: nothing to train or download
     train_bpe(texts, 4096)         a new byte-level BPE vocabulary
 
-Text is data. Who types "<|eot_id|>" gets the ids of those characters and never the control token:
-control tokens enter only by id, from `chat_parts`, which writes each model's own chat format.
+Text is data: "<|eot_id|>" in a text becomes the tokens of those characters, never the control
+token. Control tokens come only from `chat_parts`, which writes each model's own chat format:
 
     tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
 
-As a command it turns text into train.bin and val.bin, and saves the tokenizer beside them:
+As a command it packs text into token files (data.py) and saves the tokenizer beside them:
 
-    python tokenizer.py book.txt src/ 'more/*.jsonl' --out data --vocab 8192
+    python tokenizer.py book.txt src/ 'more/*.jsonl' --out folder --vocab 8192
 
 Sources: GPT-2's encoder.py; tiktoken; Meta's llama3 tokenizer.py and llama-models chat_format.py;
 tokenization_chatglm.py of chatglm3-6b and glm-4-9b-chat; RWKV's TRIE_TOKENIZER; rustbpe (the order
 of merges in training); Stanford Alpaca (its prompt).
 """
-import argparse
 import ast
 import base64
 import codecs
 import collections
-import glob
-import hashlib
+import contextlib
 import heapq
 import itertools
 import json
 import os
 import re
-import signal
 import sys
 import time
 import unicodedata
-import zlib
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import tiktoken
 
 END, UNKNOWN = "<|endoftext|>", "\ufffd"
@@ -65,150 +59,32 @@ def clean(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-# ---- chat formats --------------------------------------------------------------------------------
-# Each yields (role, head, body) in ids. The body of an assistant's turn is what the model writes,
-# with the id that ends the turn, which is how fine-tuning learns to stop.
+@contextlib.contextmanager
+def replacing(path):
+    """A new binary file that takes the place of `path` as a whole, when it was written without error.
 
-def llama_chat(tokenizer, messages, strip):
-    """Meta's ChatFormat. Llama 3 strips contents; 3.1 does not, and ends calls in eom."""
-    special, encode = tokenizer.special_ids, tokenizer.encode
-    for message, following in zip(messages, [*messages[1:], {}]):
-        role = "ipython" if message["role"] == "tool" else message["role"]
-        code = bool(message.get("metadata"))  # the name of a built-in tool: its call is code
-        calls = (code or message.get("stop_reason") == "end_of_message"
-                 or role == "assistant" and following.get("role") in ("tool", "ipython"))
-        yield (role, [special["<|start_header_id|>"], *encode(role), special["<|end_header_id|>"],
-                      *encode("\n\n")],
-               [*([special["<|python_tag|>"]] if code else ()),
-                *encode(message["content"].strip() if strip else message["content"]),
-                special["<|eom_id|>" if calls else "<|eot_id|>"]])
-
-
-def glm_turns(tokenizer, turns):
-    """turns: [(role, metadata line, text)]. A reply ends with the id of the next role."""
-    role_id, before = {role: tokenizer.special_ids[f"<|{role}|>"] for role in GLM_ROLES}, None
-    for (role, line, text), (following, *_) in zip(turns, [*turns[1:], ("user",)]):
-        yield (role, [] if before == "assistant" else [role_id[role]], tokenizer.encode(line)
-               + tokenizer.encode(text) + ([role_id[following]] if role == "assistant" else []))
-        before = role
+        with replacing("settings.json") as file:
+            file.write(b"{}")
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def chatglm3_chat(tokenizer, messages):
-    """build_chat_input of ChatGLM3."""
-    return glm_turns(tokenizer, [
-        (m["role"], f"{m.get('metadata') or ''}\n", m["content"] + (
-            "\n" + json.dumps(m["tools"], indent=4, ensure_ascii=False) if m.get("tools") else ""))
-        for m in messages])
-
-
-GLM4_CALL = "在调用上述函数时，请使用 Json 格式表示调用的参数。"
-GLM4_PERSONA = ("你是一个名为 ChatGLM 的人工智能助手。"
-                "你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
-                "你的任务是针对用户的问题和要求提供适当的答复和支持。\n\n# 可用工具")
-GLM4_TOOLS = {  # the published template's words for the built-in tools
-    "python": """当你向 `python` 发送包含 Python 代码的消息时，\
-该代码将会在一个有状态的 Jupyter notebook 环境中执行。
-`python` 返回代码执行的输出，或在执行 60 秒后返回超时。
-`/mnt/data` 将会持久化存储你的文件。在此会话中，`python` 无法访问互联网。\
-不要使用 `python` 进行任何网络请求或者在线 API 调用，这些在线内容的访问将不会成功。""",
-    "simple_browser": """你可以使用 `simple_browser` 工具。该工具支持以下函数：
-`search(query: str, recency_days: int)`：使用搜索引擎进行查询并显示结果，\
-可以使用 `recency_days` 参数控制搜索内容的时效性。
-`mclick(ids: list[int])`：获取一系列指定 id 的页面内容。每次调用时，须选择3-10个页面。\
-选择多个角度的页面，同时尽可能选择可信任的信息来源。考虑到部分页面是无法加载的，\
-你也可以多打开一些可能有用的页面而不用担心内容过多。
-`open_url(url: str)`：打开指定的 URL。\n
-使用 `【{引用 id}†{引用文本}】` 来引用内容。\n
-操作步骤：1. 使用 `search` 来获得信息列表; 2. 使用 `mclick` 来获取指定 ID 页面的内容; \
-3. 根据获得的内容进行回复。在回复中应当引用信息来源。
- 如果用户提供了 URL，也可以用 `open_url` 直接打开页面。
-如果初次搜索结果没有找到合适的信息，也可以再次使用 `search` 进行搜索。""",
-    "cogview": """如果用户的请求中包含了对图像的描述，\
-你可以使用 `cogview` 来生成图像并展示给用户。\
-你需要向 `cogview` 发送图像描述，规则：
-- 发送给 `cogview` 的消息必须使用英语。用户的中文描述必须完全翻译为英语。
-- 应当尽可能详细地描述图像生成的需求，需求描述约 100 英文单词。
-- 保持用户原始描述的意图。不要虚构内容或者没见过的人物。
-- 如无特殊说明，所在地为中国，持有中国立场并遵循中国社会主义价值观。"""}
-
-
-def glm4_tool(tool):
-    """A tool as the template of July 2024 prints it: keys sorted, all but ASCII escaped."""
-    if tool.get("type") != "function":
-        if tool.get("type") not in GLM4_TOOLS:
-            raise ValueError(f"tool {tool!r:.80}: known are function, {', '.join(GLM4_TOOLS)}")
-        return f"\n## {tool['type']}\n\n{GLM4_TOOLS[tool['type']]}"
-    text = json.dumps(tool["function"], indent=4, sort_keys=True)
-    text = re.sub("[<>&']", lambda found: f"\\u{ord(found[0]):04x}", text)  # jinja's tojson
-    return f"\n## {tool['function']['name']}\n\n{text}\n{GLM4_CALL}"
-
-
-def glm4_chat(tokenizer, messages):
-    """GLM-4 of 2024. Messages without content are skipped, as its code does; replies are not."""
-    turns = []
-    for m in messages:
-        if m.get("tools"):
-            turns.append(("system", "\n", GLM4_PERSONA + "".join(map(glm4_tool, m["tools"]))))
-        if m["content"] or m["role"] == "assistant":
-            turns.append((m["role"], f"{m.get('metadata') or ''}\n", m["content"]))
-    return glm_turns(tokenizer, turns)
-
-
-def glm4_0414_chat(tokenizer, messages):
-    """GLM-4-0414: tools, then system, then the rest; thoughts of earlier replies are left out."""
-    tools = [tool.get("function", tool) for m in messages for tool in m.get("tools") or ()]
-    turns = [("system", "\n", "# 可用工具\n" + "\n".join(
-        f"\n## {tool['name']}\n\n{json.dumps(tool, indent=4, ensure_ascii=False)}\n{GLM4_CALL}"
-        for tool in tools))] if tools else []
-    turns += [("system", "\n", m["content"]) for m in messages
-              if m["role"] == "system" and m["content"]]
-    for m in messages:
-        text = m["content"].strip()
-        if m["role"] == "assistant" and m is not messages[-1]:
-            text = text.split("</think>")[-1].strip()
-        if m["role"] != "system":
-            turns.append((m["role"], f"{m['metadata']} \n" if m.get("metadata") else "\n", text))
-    return glm_turns(tokenizer, turns)
-
-
-def world_chat(tokenizer, messages):
-    """RWKV World: a blank line ends a turn, so none may stand inside."""
-    for message in messages:
-        text = re.sub(r"\n+", "\n", message["content"].replace("\r\n", "\n").strip())
-        role, body = message["role"].capitalize() + ":", f" {text}\n\n" if text else "\n\n"
-        if role == "Assistant:":
-            yield "assistant", tokenizer.encode(role), tokenizer.encode(body)
-        else:
-            yield message["role"], [], tokenizer.encode(role + body)
-
-
-def alpaca_chat(tokenizer, messages):
-    """Stanford Alpaca's prompt, for models without a format of their own; turns just follow."""
-    for message in messages:
-        text, context = message["content"], message.get("input")
-        if message["role"] == "user":
-            text = ("Below is an instruction that describes a task"
-                    + (", paired with an input that provides further context" if context else "")
-                    + ". Write a response that appropriately completes the request.\n\n"
-                    + f"### Instruction:\n{text}\n\n"
-                    + (f"### Input:\n{context}\n\n" if context else "") + "### Response:")
-        elif message["role"] == "system":
-            text += "\n\n"
-        end = [tokenizer.end_id] if message["role"] == "assistant" else []
-        yield message["role"], [], tokenizer.encode(text) + end
-
-
-ROLES = ("system", "user", "assistant")
-GLM_ROLES = (*ROLES, "observation")
-CHAT_FORMATS = {  # name: (function, roles, further keys of a message, a special token it needs)
-    "llama3": (partial(llama_chat, strip=True), ROLES, (), "<|eot_id|>"),
-    "llama3.1": (partial(llama_chat, strip=False), (*ROLES, "tool", "ipython"),
-                 ("metadata", "stop_reason"), "<|eom_id|>"),
-    "chatglm3": (chatglm3_chat, GLM_ROLES, ("metadata", "tools"), "sop"),
-    "glm4": (glm4_chat, GLM_ROLES, ("metadata", "tools"), "<sop>"),
-    "glm4-0414": (glm4_0414_chat, GLM_ROLES, ("metadata", "tools"), "<sop>"),
-    "world": (world_chat, ROLES, (), None),
-    "alpaca": (alpaca_chat, ROLES, ("input",), None)}
+def read_json(path) -> dict:
+    """The object in a JSON file, {} if there is no such file; ValueError if it holds anything else."""
+    try:
+        data = json.loads(Path(path).read_bytes()) if Path(path).is_file() else {}
+        return data | {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} holds no JSON object: {error}") from None
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------
@@ -316,12 +192,8 @@ class Tokenizer:
         text = json.dumps(config, ensure_ascii=False, indent=2)
         Path(directory).mkdir(parents=True, exist_ok=True)
         for name, data in {**self.files(), "tokenizer_config.json": text.encode()}.items():
-            temporary = Path(directory, f"{name}.{os.getpid()}.tmp")
-            try:
-                temporary.write_bytes(data)
-                os.replace(temporary, Path(directory, name))
-            finally:
-                temporary.unlink(missing_ok=True)
+            with replacing(Path(directory, name)) as file:
+                file.write(data)
 
     def save_config(self) -> dict:
         return self.config
@@ -585,15 +457,6 @@ def read_vocabulary(file: Path, kind: str | None, config: dict, model: dict) -> 
     return SentencePiece(file.read_bytes(), file.name)
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file, {} if there is no file."""
-    try:
-        data = json.loads(path.read_bytes()) if path.is_file() else {}
-        return data | {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} holds no JSON object: {error}") from None
-
-
 def find_vocabulary(folder: Path, kind: str | None) -> Path:
     known = sorted({k for kinds in FILES.values() for k in kinds})
     if kind not in (None, *known):
@@ -725,25 +588,27 @@ def read_tokenizer_json(file, config, model) -> ByteBPE:
     return tokenizer
 
 
-# ---- training BPE --------------------------------------------------------------------------------
+# ---- BPE training --------------------------------------------------------------------------------
 
-def train_bpe(texts, vocab_size: int, *, pattern=GPT4_PATTERN, progress=False) -> ByteBPE:
+
+def train_bpe(texts, vocab_size: int, *, pattern=GPT4_PATTERN, progress=False,
+              notices: list | None = None) -> ByteBPE:
     """Byte-level BPE from an iterable of texts: vocab_size - 256 merges and then <|endoftext|>.
 
     Again and again the most frequent pair of neighbours becomes a token; of equally frequent pairs
-    the one with the smallest ids. Counts are kept up to date over the distinct pieces of the texts,
-    so a merge costs only the pieces it touches. Stops early, and says so, when nothing is left.
+    the one with the smallest tokens. Counts are kept up to date over the distinct words (pieces of
+    the split pattern), so a merge costs only the words in which it occurs. Stops when nothing is
+    left to merge, and says so, in `notices` or on stderr.
     """
-    import regex  # tiktoken depends on it; Python's re knows no \p{L}
+    import regex                                # tiktoken depends on it; Python's re knows no \p{L}
     if vocab_size < 256:
         raise ValueError(f"vocab_size {vocab_size}: the 256 bytes alone need 256")
-    show, split = Progress(progress), regex.compile(pattern).findall
-    frequency = collections.Counter()
+    show, split, frequency = Progress(progress), regex.compile(pattern).findall, collections.Counter()
     for n, text in enumerate(texts, 1):
         frequency.update(split(clean(text)))
-        show(f"counting: {n} texts, {len(frequency)} distinct pieces")
-    words, weights = [list(piece.encode()) for piece in frequency], list(frequency.values())
-    counts, places = collections.Counter(), collections.defaultdict(set)
+        show(f"counting: {n} texts, {len(frequency)} distinct words")
+    words, weights = [list(word.encode()) for word in frequency], list(frequency.values())
+    counts, places = collections.Counter(), collections.defaultdict(set)    # of pairs: in which words
     for n, word in enumerate(words):
         for pair in zip(word, word[1:]):
             counts[pair] += weights[n]
@@ -753,13 +618,19 @@ def train_bpe(texts, vocab_size: int, *, pattern=GPT4_PATTERN, progress=False) -
     tokens, merges = [bytes([byte]) for byte in range(256)], []
     while len(tokens) < vocab_size and heap:
         count, pair = heapq.heappop(heap)
-        if -count != counts[pair]:  # rarer by now: back with its true count
+        if -count != counts[pair]:              # rarer by now: back with its present count
             if counts[pair] > 0:
                 heapq.heappush(heap, (-counts[pair], pair))
             continue
-        changes = collections.Counter()
+        new, changes = len(tokens), collections.Counter()
         for n in places.pop(pair):
-            merge_word(words[n], pair, len(tokens), weights[n], changes, n, places)
+            old_word, words[n] = words[n], merge_word(words[n], pair, new)
+            for old in zip(old_word, old_word[1:]):
+                changes[old] -= weights[n]
+            for now in zip(words[n], words[n][1:]):
+                changes[now] += weights[n]
+                if new in now:
+                    places[now].add(n)
         for changed, change in changes.items():
             counts[changed] += change
             if change > 0:
@@ -768,25 +639,24 @@ def train_bpe(texts, vocab_size: int, *, pattern=GPT4_PATTERN, progress=False) -
         tokens.append(b"".join(merges[-1]))
         show(f"merging: {len(merges)} of {vocab_size - 256}", last=len(tokens) == vocab_size)
     if len(tokens) < vocab_size:
-        print(f"train_bpe: nothing is left to merge after {len(merges)} merges: the vocabulary has "
-              f"{len(tokens)} tokens, not {vocab_size}", file=sys.stderr)
-    ranks = {token: id for id, token in enumerate(tokens)}
+        told = (f"nothing is left to merge after {len(merges)} merges: the vocabulary has "
+                f"{len(tokens)} tokens, not {vocab_size}")
+        print(told, file=sys.stderr) if notices is None else notices.append(told)
+    ranks = {token: n for n, token in enumerate(tokens)}
     return ByteBPE(ranks, pattern, {END: len(tokens)}, len(tokens), merges=merges)
 
 
-def merge_word(word, pair, new, weight, changes, n, places):
-    """Replaces pair by new in word n, which occurs weight times, and notes what changes."""
-    for old in zip(word, word[1:]):
-        changes[old] -= weight
-    at = 0
-    while at < len(word) - 1:
-        if word[at] == pair[0] and word[at + 1] == pair[1]:
-            word[at:at + 2] = [new]
-        at += 1
-    for now in zip(word, word[1:]):
-        changes[now] += weight
-        if new in now:
-            places[now].add(n)
+def merge_word(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """The word with each `pair`, from the left, replaced by `new`.
+
+    merge_word([97, 97, 98, 97, 97, 97], (97, 97), 256) = [256, 98, 256, 97], as 256 stands for "aa"
+    """
+    merged, at = [], 0
+    while at < len(word):
+        found = word[at] == pair[0] and at + 1 < len(word) and word[at + 1] == pair[1]
+        merged.append(new if found else word[at])
+        at += 2 if found else 1
+    return merged
 
 
 class Progress:
@@ -801,331 +671,152 @@ class Progress:
             self.shown = time.time()
 
 
-# ---- packing -------------------------------------------------------------------------------------
+# ---- chat formats --------------------------------------------------------------------------------
+# Each yields (role, head, body) in ids. The body of an assistant's turn is what the model writes,
+# with the id that ends the turn, which is how fine-tuning learns to stop.
 
-HEADER = 512  # bytes: a line of JSON, padded with spaces
-PIECE = 2 << 20  # bytes to read, characters to encode, at a time
-HOLD = 16 * PIECE  # characters kept while there is no place to cut
+def llama_chat(tokenizer, messages, strip):
+    """Meta's ChatFormat. Llama 3 strips contents; 3.1 does not, and ends calls in eom."""
+    special, encode = tokenizer.special_ids, tokenizer.encode
+    for message, following in zip(messages, [*messages[1:], {}]):
+        role = "ipython" if message["role"] == "tool" else message["role"]
+        code = bool(message.get("metadata"))  # the name of a built-in tool: its call is code
+        calls = (code or message.get("stop_reason") == "end_of_message"
+                 or role == "assistant" and following.get("role") in ("tool", "ipython"))
+        yield (role, [special["<|start_header_id|>"], *encode(role), special["<|end_header_id|>"],
+                      *encode("\n\n")],
+               [*([special["<|python_tag|>"]] if code else ()),
+                *encode(message["content"].strip() if strip else message["content"]),
+                special["<|eom_id|>" if calls else "<|eot_id|>"]])
 
 
-def find_files(data: list[str]) -> list[tuple[str, Path]]:
-    """[(name, path), ...] sorted by name: the files that data (files, folders, globs) means.
+def glm_turns(tokenizer, turns):
+    """turns: [(role, metadata line, text)]. A reply ends with the id of the next role."""
+    role_id, before = {role: tokenizer.special_ids[f"<|{role}|>"] for role in GLM_ROLES}, None
+    for (role, line, text), (following, *_) in zip(turns, [*turns[1:], ("user",)]):
+        yield (role, [] if before == "assistant" else [role_id[role]], tokenizer.encode(line)
+               + tokenizer.encode(text) + ([role_id[following]] if role == "assistant" else []))
+        before = role
 
-    Names are relative to the folder, with forward slashes; what is held out depends on them. A
-    named file is always taken; in folders hidden files are left out, in folders and globs binary
-    ones (a NUL byte in the first 8 KB). ValueError: an input that gives nothing.
-    """
-    found = {}
-    for entry in map(str, data):
-        root = Path(entry)
-        if root.is_file():
-            here = [(root.name, root)]
-        elif root.is_dir():
-            names = ((path.relative_to(root), path) for path in root.rglob("*"))
-            here = [(name.as_posix(), path) for name, path in names if path.is_file()
-                    and not any(part[0] == "." for part in name.parts) and not is_binary(path)]
+
+def chatglm3_chat(tokenizer, messages):
+    """build_chat_input of ChatGLM3."""
+    return glm_turns(tokenizer, [
+        (m["role"], f"{m.get('metadata') or ''}\n", m["content"] + (
+            "\n" + json.dumps(m["tools"], indent=4, ensure_ascii=False) if m.get("tools") else ""))
+        for m in messages])
+
+
+GLM4_CALL = "在调用上述函数时，请使用 Json 格式表示调用的参数。"
+GLM4_PERSONA = ("你是一个名为 ChatGLM 的人工智能助手。"
+                "你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
+                "你的任务是针对用户的问题和要求提供适当的答复和支持。\n\n# 可用工具")
+GLM4_TOOLS = {  # the published template's words for the built-in tools
+    "python": """当你向 `python` 发送包含 Python 代码的消息时，\
+该代码将会在一个有状态的 Jupyter notebook 环境中执行。
+`python` 返回代码执行的输出，或在执行 60 秒后返回超时。
+`/mnt/data` 将会持久化存储你的文件。在此会话中，`python` 无法访问互联网。\
+不要使用 `python` 进行任何网络请求或者在线 API 调用，这些在线内容的访问将不会成功。""",
+    "simple_browser": """你可以使用 `simple_browser` 工具。该工具支持以下函数：
+`search(query: str, recency_days: int)`：使用搜索引擎进行查询并显示结果，\
+可以使用 `recency_days` 参数控制搜索内容的时效性。
+`mclick(ids: list[int])`：获取一系列指定 id 的页面内容。每次调用时，须选择3-10个页面。\
+选择多个角度的页面，同时尽可能选择可信任的信息来源。考虑到部分页面是无法加载的，\
+你也可以多打开一些可能有用的页面而不用担心内容过多。
+`open_url(url: str)`：打开指定的 URL。\n
+使用 `【{引用 id}†{引用文本}】` 来引用内容。\n
+操作步骤：1. 使用 `search` 来获得信息列表; 2. 使用 `mclick` 来获取指定 ID 页面的内容; \
+3. 根据获得的内容进行回复。在回复中应当引用信息来源。
+ 如果用户提供了 URL，也可以用 `open_url` 直接打开页面。
+如果初次搜索结果没有找到合适的信息，也可以再次使用 `search` 进行搜索。""",
+    "cogview": """如果用户的请求中包含了对图像的描述，\
+你可以使用 `cogview` 来生成图像并展示给用户。\
+你需要向 `cogview` 发送图像描述，规则：
+- 发送给 `cogview` 的消息必须使用英语。用户的中文描述必须完全翻译为英语。
+- 应当尽可能详细地描述图像生成的需求，需求描述约 100 英文单词。
+- 保持用户原始描述的意图。不要虚构内容或者没见过的人物。
+- 如无特殊说明，所在地为中国，持有中国立场并遵循中国社会主义价值观。"""}
+
+
+def glm4_tool(tool):
+    """A tool as the template of July 2024 prints it: keys sorted, all but ASCII escaped."""
+    if tool.get("type") != "function":
+        if tool.get("type") not in GLM4_TOOLS:
+            raise ValueError(f"tool {tool!r:.80}: known are function, {', '.join(GLM4_TOOLS)}")
+        return f"\n## {tool['type']}\n\n{GLM4_TOOLS[tool['type']]}"
+    text = json.dumps(tool["function"], indent=4, sort_keys=True)
+    text = re.sub("[<>&']", lambda found: f"\\u{ord(found[0]):04x}", text)  # jinja's tojson
+    return f"\n## {tool['function']['name']}\n\n{text}\n{GLM4_CALL}"
+
+
+def glm4_chat(tokenizer, messages):
+    """GLM-4 of 2024. Messages without content are skipped, as its code does; replies are not."""
+    turns = []
+    for m in messages:
+        if m.get("tools"):
+            turns.append(("system", "\n", GLM4_PERSONA + "".join(map(glm4_tool, m["tools"]))))
+        if m["content"] or m["role"] == "assistant":
+            turns.append((m["role"], f"{m.get('metadata') or ''}\n", m["content"]))
+    return glm_turns(tokenizer, turns)
+
+
+def glm4_0414_chat(tokenizer, messages):
+    """GLM-4-0414: tools, then system, then the rest; thoughts of earlier replies are left out."""
+    tools = [tool.get("function", tool) for m in messages for tool in m.get("tools") or ()]
+    turns = [("system", "\n", "# 可用工具\n" + "\n".join(
+        f"\n## {tool['name']}\n\n{json.dumps(tool, indent=4, ensure_ascii=False)}\n{GLM4_CALL}"
+        for tool in tools))] if tools else []
+    turns += [("system", "\n", m["content"]) for m in messages
+              if m["role"] == "system" and m["content"]]
+    for m in messages:
+        text = m["content"].strip()
+        if m["role"] == "assistant" and m is not messages[-1]:
+            text = text.split("</think>")[-1].strip()
+        if m["role"] != "system":
+            turns.append((m["role"], f"{m['metadata']} \n" if m.get("metadata") else "\n", text))
+    return glm_turns(tokenizer, turns)
+
+
+def world_chat(tokenizer, messages):
+    """RWKV World: a blank line ends a turn, so none may stand inside."""
+    for message in messages:
+        text = re.sub(r"\n+", "\n", message["content"].replace("\r\n", "\n").strip())
+        role, body = message["role"].capitalize() + ":", f" {text}\n\n" if text else "\n\n"
+        if role == "Assistant:":
+            yield "assistant", tokenizer.encode(role), tokenizer.encode(body)
         else:
-            paths = map(Path, glob.glob(entry, recursive=True))
-            here = [(path.as_posix(), path) for path in paths
-                    if path.is_file() and not is_binary(path)]
-        if not here:
-            raise ValueError(f"{entry}: no text files in this folder" if root.is_dir() else
-                             f"{entry}: no such file or folder, and no file that matches")
-        for name, path in here:
-            taken = name in found and found[name].resolve() != path.resolve()
-            found[path.as_posix() if taken else name] = path
-    return sorted(found.items())
+            yield message["role"], [], tokenizer.encode(role + body)
 
 
-def is_binary(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return b"\0" in file.read(8192)
+def alpaca_chat(tokenizer, messages):
+    """Stanford Alpaca's prompt, for models without a format of their own; turns just follow."""
+    for message in messages:
+        text, context = message["content"], message.get("input")
+        if message["role"] == "user":
+            text = ("Below is an instruction that describes a task"
+                    + (", paired with an input that provides further context" if context else "")
+                    + ". Write a response that appropriately completes the request.\n\n"
+                    + f"### Instruction:\n{text}\n\n"
+                    + (f"### Input:\n{context}\n\n" if context else "") + "### Response:")
+        elif message["role"] == "system":
+            text += "\n\n"
+        end = [tokenizer.end_id] if message["role"] == "assistant" else []
+        yield message["role"], [], tokenizer.encode(text) + end
 
 
-def read_documents(path: Path, name: str):
-    """Yields (document name, text, invalid UTF-8 sequences replaced).
-
-    A .jsonl has a document a line, under "text", named name:line. Any other file is one document,
-    in pieces of a few MB under the same name, so it may be larger than memory. They are cut after a
-    newline before a non-space, where `encode_part` gives the very ids of the whole (if there is no
-    such place in 32 M characters, anywhere: a token may differ there).
-    """
-    if path.suffix == ".jsonl":
-        yield from read_jsonl(path, name)
-        return
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    held, tail, invalid, first = "", b"", 0, True
-    with open(path, "rb") as file:
-        while True:
-            data = file.read(PIECE)
-            text = decoder.decode(data, final=not data)
-            invalid += text.count(UNKNOWN) - (tail + data).count(UNKNOWN.encode())
-            held, tail = held + text, (tail + data)[-2:]
-            cut = find_cut(held) if len(data) == PIECE else 0
-            if not data or len(held) > HOLD and not cut:
-                cut = len(held)
-            if cut or first and not data:
-                yield name, held[:cut], invalid
-                held, invalid, first = held[cut:], 0, False
-            if not data:
-                return
-
-
-def find_cut(text: str) -> int:
-    """The last place after a newline and before a non-space, 0 if there is none."""
-    at = text.rfind("\n", 0, max(len(text) - 1, 0))
-    while at >= 0 and text[at + 1].isspace():
-        at = text.rfind("\n", 0, at)
-    return at + 1
-
-
-def read_jsonl(path, name):
-    with open(path, "rb") as file:
-        for number, data in enumerate(file, 1):
-            line = data.strip(b"\xef\xbb\xbf \t\r\n").decode("utf-8", "replace")
-            try:
-                text = json.loads(line)["text"] if line else None
-                text, given = text and clean(text), text
-            except (ValueError, TypeError, KeyError, AttributeError):
-                text = 0
-            if line and not isinstance(text, str):
-                raise ValueError(f"{path}, line {number}: not a JSON object with a string \"text\"")
-            if line:
-                yield f"{name}:{number}", text, (line.count(UNKNOWN) - data.count(UNKNOWN.encode())
-                                                 + (text != given))
-
-
-def held_out(name: str, seed: int) -> bool:
-    """Whether the document of this name belongs to the 5 % for validation."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode("utf-8", "replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < 0.05 * 2 ** 64
-
-
-def splits_by_document(files, seed) -> bool:
-    """False with fewer than 20 documents, or if none or all would be held out."""
-    count = held = 0
-    for name, path in files:
-        with open(path, "rb") as file:  # of texts the first byte tells whether they are empty
-            for n, line in enumerate(file if path.suffix == ".jsonl" else [file.read(1)], 1):
-                count += bool(line.strip() if path.suffix == ".jsonl" else line)
-                held += held_out(f"{name}:{n}" if path.suffix == ".jsonl" else name, seed)
-                if count >= 20 and 0 < held < count:
-                    return True
-    return False
-
-
-def split_documents(files, seed=0):
-    """Yields (split, text, begins, ends, invalid) for the pieces of all documents, in order.
-
-    split is "train" or "val": by `held_out`; where there are too few documents for that, "val" is
-    the last tenth of each (in bytes, cut between characters).
-    """
-    by_document = splits_by_document(files, seed)
-    for name, path in files:
-        left = None  # bytes that are still for training
-        for (document, text, invalid), (following, *_) in itertools.pairwise(
-                itertools.chain(read_documents(path, name), [("",)])):
-            data, last = text.encode(), following != document
-            if left is None:
-                size, begun = len(data) if path.suffix == ".jsonl" else path.stat().st_size, set()
-                left = size - size // 10
-                if by_document:
-                    left = 0 if held_out(document, seed) else float("inf")
-            head = text if len(data) <= left else data[:left].decode("utf-8", "ignore")
-            for split, part, ends in (("train", head, last or left <= len(data)),
-                                      ("val", text[len(head):], last)):
-                if part or not text and split == ("val" if by_document and not left else "train"):
-                    yield split, part, split not in begun, ends, invalid
-                    begun.add(split)
-                    invalid = 0
-            left = None if last else max(left - len(data), 0)
-
-
-def pack(files, tokenizer, directory, split_seed=0, workers=None, progress=False) -> dict:
-    """Turns files (of `find_files`) into directory/train.bin and val.bin, on several processes.
-
-    Each document is followed by tokenizer.end_id; documents keep their order, and the result is the
-    same for any number of workers (None: one for each 8 MB, at most a core each). Both files appear
-    whole or not at all. Returns {"train": {"documents", "bytes" (of UTF-8), "tokens", "invalid",
-    "empty"}, "val": ...}. ValueError: no text at all.
-    """
-    if tokenizer.end_id is None:
-        raise ValueError("this tokenizer has no token that ends a document")
-    directory, total = Path(directory), sum(path.stat().st_size for _, path in files)
-    directory.mkdir(parents=True, exist_ok=True)
-    workers = workers or min(os.cpu_count() or 1, 1 + total // (8 << 20))
-    stats = {split: dict.fromkeys(("documents", "bytes", "tokens", "invalid", "empty"), 0)
-             for split in ("train", "val")}
-    show, start = Progress(progress), time.time()
-    writers = {split: TokenWriter(directory / f"{split}.bin", tokenizer.vocab_size)
-               for split in stats}
-    try:
-        for split, ids in encode_all(batches(files, split_seed, stats), tokenizer, workers):
-            writers[split].add(ids)
-            done = sum(s["bytes"] for s in stats.values())
-            speed = done / max(time.time() - start, 1e-9)
-            show(f"packing: {done / 1e6:.0f} of {total / 1e6:.0f} MB, {speed / 1e6:.1f} MB/s, "
-                 f"{max(total - done, 0) / speed:.0f} s left")
-        if not any(s["documents"] for s in stats.values()):
-            raise ValueError(f"no text in {', '.join(str(path) for _, path in files[:3])}")
-        for split, writer in writers.items():
-            stats[split]["tokens"] = writer.count
-            writer.finish(stats[split]["documents"], stats[split]["bytes"])
-        for writer in writers.values():
-            os.replace(writer.temporary, writer.path)
-    finally:
-        for writer in writers.values():
-            writer.file.close()
-            writer.temporary.unlink(missing_ok=True)
-    return stats
-
-
-def batches(files, seed, stats):
-    """Yields (split, [(text, begins, ends), ...]) of about PIECE characters; counts in stats."""
-    waiting, sizes = {split: [] for split in stats}, collections.Counter()
-    for split, text, begins, ends, invalid in split_documents(files, seed):
-        stats[split]["bytes"] += len(text.encode())
-        stats[split]["invalid"] += invalid
-        stats[split]["documents" if text else "empty"] += ends
-        if text:
-            waiting[split].append((text, begins, ends))
-            sizes[split] += len(text)
-        if sizes[split] >= PIECE:
-            yield split, waiting[split]
-            waiting[split], sizes[split] = [], 0
-    yield from ((split, parts) for split, parts in waiting.items() if parts)
-
-
-def encode_all(jobs, tokenizer, workers):
-    """(split, ids) of each job, in order; no more jobs wait than keep the workers busy."""
-    if workers == 1:
-        yield from ((split, encode_parts(parts, tokenizer)) for split, parts in jobs)
-        return
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(tokenizer,)) as pool:
-        pending = collections.deque()
-        for split, parts in jobs:
-            pending.append((split, pool.submit(encode_parts, parts)))
-            if len(pending) > 2 * workers:
-                yield pending[0][0], pending.popleft()[1].result()
-        yield from ((split, future.result()) for split, future in pending)
-
-
-def start_worker(tokenizer):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    encode_parts.tokenizer = tokenizer  # sent once, not with each job
-
-
-def encode_parts(parts, tokenizer=None) -> np.ndarray:
-    """The ids of parts of texts, each whole document followed by end_id."""
-    tokenizer, ids = tokenizer or encode_parts.tokenizer, []
-    for text, begins, ends in parts:
-        ids += tokenizer.encode_part(text, begins, ends) + [tokenizer.end_id] * ends
-    return np.array(ids, dtype=np.uint32)
-
-
-class TokenWriter:
-    """A token file in the making: a header, then ids as little-endian uint16 or uint32."""
-
-    def __init__(self, path: Path, vocab_size: int):
-        self.path, self.temporary = path, path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        self.vocab_size, self.count, self.crc = vocab_size, 0, 0
-        self.dtype = "uint16" if vocab_size <= 65536 else "uint32"
-        self.file = open(self.temporary, "wb")
-        self.file.write(b" " * HEADER)
-
-    def add(self, ids: np.ndarray):
-        if ids.max(initial=0) >= self.vocab_size:
-            raise ValueError(f"id {ids.max()} in a vocabulary of {self.vocab_size}")
-        data = ids.astype(np.dtype(self.dtype).newbyteorder("<")).tobytes()
-        self.count, self.crc = self.count + len(ids), zlib.crc32(data, self.crc)
-        self.file.write(data)
-
-    def finish(self, documents: int, size: int):
-        header = {"format": "tokens-1", "dtype": self.dtype, "vocab_size": self.vocab_size,
-                  "tokens": self.count, "documents": documents, "bytes": size, "crc32": self.crc}
-        self.file.seek(0)
-        self.file.write(json.dumps(header).ljust(HEADER - 1).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-
-
-def open_tokens(path, vocab_size: int | None = None, headerless=False) -> tuple[np.ndarray, dict]:
-    """(ids as a memory map, header) of a token file, after checking format, size and checksum.
-
-    headerless: nanoGPT's train.bin, uint16 and nothing else. ValueError or OSError: no such file,
-    damaged, or of a larger vocabulary than vocab_size.
-    """
-    path = Path(path)
-    size = path.stat().st_size
-    header, start = {"format": "headerless", "dtype": "uint16", "tokens": size // 2}, 0
-    try:
-        if not headerless:
-            with open(path, "rb") as file:
-                header, start = json.loads(file.read(HEADER)), HEADER
-            if header["format"] != "tokens-1" or not {"vocab_size", "crc32"} <= header.keys():
-                raise ValueError
-        expected = start + {"uint16": 2, "uint32": 4}[header["dtype"]] * header["tokens"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is no token file of ours (nanoGPT's: headerless=True)") from None
-    if size != expected:
-        raise ValueError(f"{path} has {size} bytes instead of {expected}: it is cut off or damaged")
-    dtype, crc, highest = np.dtype(header["dtype"]).newbyteorder("<"), 0, -1
-    if not header["tokens"]:
-        return np.zeros(0, dtype), header
-    ids = np.memmap(path, dtype, "r", offset=start, shape=(header["tokens"],))
-    for at in range(0, len(ids), 4 << 20):
-        block = ids[at:at + (4 << 20)]
-        crc, highest = zlib.crc32(block, crc), max(highest, int(block.max()))
-    if crc != header.get("crc32", crc):
-        raise ValueError(f"{path} is damaged: its checksum does not match")
-    needed = header.setdefault("vocab_size", highest + 1)
-    if vocab_size is not None and needed > vocab_size:
-        raise ValueError(f"{path} was made with a vocabulary of {needed}, not {vocab_size}: pack "
-                         "the text again with this tokenizer")
-    return ids, header
-
-
-# ---- command line --------------------------------------------------------------------------------
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
-def main():
-    parser = Parser(description="Packs text into token files, train.bin and val.bin.")
-    parser.add_argument("data", nargs="+", metavar="DATA", help="text, .jsonl, folders, globs")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the result")
-    parser.add_argument("--tokenizer", metavar="NAME_OR_PATH", help="bytes, gpt2, a file or a "
-                        "folder; without it a new one is trained on the text")
-    parser.add_argument("--vocab", type=int, metavar="N", help="size of the new vocabulary (4096)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (as many as pay)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is held out (0)")
-    args = parser.parse_args()
-    if args.tokenizer and args.vocab:
-        parser.error("--vocab is for a new vocabulary: leave it or --tokenizer out")
-    if args.workers is not None and args.workers < 1:
-        parser.error(f"--workers {args.workers}: at least 1")
-    try:
-        files = find_files(args.data)
-        if args.tokenizer:
-            tokenizer = load_tokenizer(args.tokenizer)
-        else:  # trained on about 64 MB, spread evenly
-            pieces = split_documents(files, args.seed)
-            texts = (text for split, text, *_ in pieces if split == "train")
-            step = 1 + sum(path.stat().st_size for _, path in files) // (64 << 20)
-            tokenizer = train_bpe(itertools.islice(texts, 0, None, step), (args.vocab or 4096) - 1)
-        stats = pack(files, tokenizer, args.out, args.seed, args.workers, progress=True)
-        tokenizer.save(args.out)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "\ninterrupted: nothing was written\n")
-    for split, s in stats.items():
-        print(f"{split}: {s['documents']} documents, {s['bytes']:,} bytes, {s['tokens']:,} tokens, "
-              f"{s['invalid']} invalid UTF-8 sequences, {s['empty']} empty documents")
+ROLES = ("system", "user", "assistant")
+GLM_ROLES = (*ROLES, "observation")
+CHAT_FORMATS = {  # name: (function, roles, further keys of a message, a special token it needs)
+    "llama3": (partial(llama_chat, strip=True), ROLES, (), "<|eot_id|>"),
+    "llama3.1": (partial(llama_chat, strip=False), (*ROLES, "tool", "ipython"),
+                 ("metadata", "stop_reason"), "<|eom_id|>"),
+    "chatglm3": (chatglm3_chat, GLM_ROLES, ("metadata", "tools"), "sop"),
+    "glm4": (glm4_chat, GLM_ROLES, ("metadata", "tools"), "<sop>"),
+    "glm4-0414": (glm4_0414_chat, GLM_ROLES, ("metadata", "tools"), "<sop>"),
+    "world": (world_chat, ROLES, (), None),
+    "alpaca": (alpaca_chat, ROLES, ("input",), None)}
 
 
 if __name__ == "__main__":
+    from data import main                       # text to token files: data.py, which imports this
     main()

@@ -17,7 +17,6 @@ alone, dropout also on the number of processes: a resumed run gives the same bit
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import gzip
 import hashlib
 import json
@@ -41,10 +40,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import data
 import tokenizer as text
+from data import Parser
 from checkpoints import (MODELS, check_vocabulary, config_values, identify, is_out_of_memory,
                          load_checkpoint, load_resume, locate, make_run_directory, measured,
-                         curve, model_parts, publish, read_json, resume_settings, save_resume,
+                         curve, model_parts, publish, resume_settings, save_resume,
                          saved_tokenizer, write_settings, write_text)
 
 STARTED = time.time()
@@ -123,17 +124,6 @@ HARMLESS = {"out", "resume", "settings", "workers", "eval_every", "eval_tokens",
             "sample_prompt", "save_minutes"}
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, which name the nearest flag."""
-
-    def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown:
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.5)
-            message = f"unknown flag {unknown[1]}" + (f": did you mean {near[0]}?" if near else "")
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
-
-
 def number(kind: type, low=-math.inf, high=math.inf, above=-math.inf):
     """An argparse type: an int or a float within limits."""
     def convert(word: str):
@@ -179,7 +169,9 @@ def parse_settings(kind: type, argv: list[str], description: str):
     stated = {}
     if "settings" in given:                  # the file as flags: checked in the same way
         try:
-            stated = read_json(Path(given["settings"]))
+            if not Path(given["settings"]).is_file():
+                raise FileNotFoundError(f"--settings {given['settings']}: no such file")
+            stated = text.read_json(given["settings"])
         except (ValueError, OSError) as error:
             parser.error(str(error))
         words = []
@@ -304,6 +296,7 @@ def start_run(settings: Common) -> Run:
 
 # -------------------------------------------------------------------------------------------- data
 
+
 def standard_library() -> list[tuple[str, Path]]:
     """(name, path) of the source of Python's standard library, without tests and tables."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -313,23 +306,11 @@ def standard_library() -> list[tuple[str, Path]]:
     return sorted((name, path) for name, path in files if not skip & set(name.split("/")[:-1]))
 
 
-def digest(files: list[tuple[str, Path]], *more: str) -> str:
-    """A name for these inputs: of names and contents (of files over 256 MB: size and time)."""
-    hashed = hashlib.blake2b(digest_size=8)
-    for name, path in files:
-        stat = path.stat()
-        content = (str(stat.st_mtime_ns).encode() if stat.st_size > 1 << 28
-                   else hashlib.blake2b(path.read_bytes()).digest())
-        hashed.update(f"{name} {stat.st_size} ".encode() + content)
-    hashed.update("\0".join(more).encode())
-    return hashed.hexdigest()
-
-
 @dataclass
 class Corpus:
     """Token files and the tokenizer that made them."""
     tokenizer: text.Tokenizer
-    train: np.ndarray                        # token ids, mapped from the file
+    train: np.ndarray                        # tokens, mapped from the file
     val: np.ndarray
     val_bytes: int                           # of UTF-8 text behind `val`
     key: str                                 # names the inputs: a resumed run must find the same
@@ -342,55 +323,68 @@ def prepare_corpus(settings: Settings, run: Run, tokenizer=None) -> Corpus:
     place = settings.tokenizer or settings.init_from
     if tokenizer is None and place:
         tokenizer = text.load_tokenizer(settings.tokenizer or locate(settings.init_from))
-    ready = [Path(path) for path in settings.data if (Path(path) / "train.bin").exists()]
-    if ready:
-        corpus = read_token_folder(ready[0], tokenizer)
-        what = str(ready[0])
+    notices, folders = [], [path for path in settings.data if Path(path, "train.bin").exists()]
+    if folders and len(settings.data) > 1:
+        raise ValueError(f"--data {folders[0]} has token files: give it alone")
+    if folders:
+        corpus, what = read_token_folder(Path(folders[0]), tokenizer), folders[0]
     else:
-        files = text.find_files(settings.data) if settings.data else standard_library()
-        known = f"bpe {settings.vocab}" if not place else json.dumps(
-            {name: hashlib.blake2b(data).hexdigest() for name, data in tokenizer.files().items()})
-        key = digest(files, known, str(settings.split_seed))
+        files, val = [path for _, path in standard_library()], []
+        if settings.data:
+            files, notices = data.find_files(settings.data, settings.encoding)
+        if settings.val:
+            val, more = data.find_files(settings.val, settings.encoding)
+            notices += more
+        vocabulary = f"bpe {settings.vocab}" if not place else json.dumps(
+            {name: hashlib.blake2b(content).hexdigest()
+             for name, content in tokenizer.files().items()})
+        key = digest([*files, *val], vocabulary,
+                     f"{settings.split_seed} {settings.encoding} {len(val)}")
         folder = Path(settings.out or "out/x").parent / "data" / key
         if not (folder / "done.json").exists():
-            pack_corpus(files, tokenizer, folder, settings, run)
+            pack_corpus(files, val, tokenizer, folder, settings, run)
         corpus = read_token_folder(folder, tokenizer)
         corpus.key = key
+        notices += text.read_json(folder / "done.json")["notices"]
+        size = sum(path.stat().st_size for path in files)
         what = ", ".join(settings.data) or "the source of Python's standard library"
-        size = sum(path.stat().st_size for _, path in files)
         what += f": {len(files)} files, {size / 1e6:.1f} MB"
     if run.rank == 0 and run.world > 1:
         dist.barrier()
-    for split, ids in (("train on", corpus.train), ("validate on", corpus.val)):
-        if len(ids) < 2:
-            raise ValueError(f"{what}: {len(ids)} tokens to {split}: give more text")
+    for split, tokens in (("train on", corpus.train), ("validate on", corpus.val)):
+        if len(tokens) < 2:
+            raise ValueError(f"{what}: {len(tokens)} tokens to {split}: give more text")
     run.say(f"data       {what}")
+    for notice in notices:
+        run.say(f"data       {notice}")
     run.say(f"tokens     {len(corpus.train):,} to train on, {len(corpus.val):,} held out "
             f"({corpus.val_bytes / len(corpus.val):.2f} bytes each); "
             f"vocabulary of {corpus.tokenizer.vocab_size}")
     return corpus
 
 
-def pack_corpus(files, tokenizer, folder: Path, settings: Settings, run: Run) -> None:
-    """Fill a folder of the cache: tokenizer, train.bin, val.bin; done.json comes last."""
-    if tokenizer is None:
-        run.say(f"tokenizer  training one of {settings.vocab} ids")
-        seen, most = 0, 1 << 26              # 64 MB of text are plenty for a vocabulary
+def digest(files: list[Path], *more: str) -> str:
+    """A name for these inputs: of their contents (of files over 256 MB: size and time)."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for path in files:
+        stat = path.stat()
+        hashed.update(f"{stat.st_size} {stat.st_mtime_ns}".encode() if stat.st_size > 1 << 28
+                      else hashlib.blake2b(path.read_bytes()).digest())
+    hashed.update("\0".join(more).encode())
+    return hashed.hexdigest()
 
-        def texts():
-            nonlocal seen
-            for split, piece, *_ in text.split_documents(files, settings.split_seed):
-                if split == "train" and seen < most:
-                    seen += len(piece)
-                    yield piece
-        tokenizer = text.train_bpe(texts(), settings.vocab - 1, progress=sys.stderr.isatty())
-    stats = text.pack(files, tokenizer, folder, settings.split_seed, settings.workers,
-                      progress=sys.stderr.isatty())
+
+def pack_corpus(files, val, tokenizer, folder: Path, settings: Settings, run: Run) -> None:
+    """Fill a folder of the cache: tokenizer, train.bin, val.bin; done.json comes last."""
+    notices, progress = [], sys.stderr.isatty()
+    if tokenizer is None:
+        run.say(f"tokenizer  training one of {settings.vocab} tokens")
+        texts = data.sample(files, settings.encoding, settings.split_seed, whole=bool(val))
+        tokenizer = text.train_bpe(texts, settings.vocab - 1, progress=progress, notices=notices)
+    stats = data.pack(files, tokenizer, folder, settings.split_seed, settings.encoding,
+                      settings.workers, progress, val)
     tokenizer.save(folder)
-    invalid = sum(split["invalid"] for split in stats.values())
-    if invalid:
-        run.say(f"data       {invalid} invalid UTF-8 sequences became U+FFFD")
-    write_text(folder / "done.json", json.dumps(stats) + "\n")
+    write_text(folder / "done.json", json.dumps({"notices": notices + stats["notices"]}) + "\n")
 
 
 def read_token_folder(folder: Path, tokenizer) -> Corpus:
@@ -403,12 +397,11 @@ def read_token_folder(folder: Path, tokenizer) -> Corpus:
     for path in (folder / "train.bin", folder / "val.bin"):
         with open(path, "rb") as file:
             ours = file.read(1) == b"{"
-        splits.append(text.open_tokens(path, tokenizer.vocab_size, headerless=not ours))
+        splits.append(data.open_tokens(path, tokenizer.vocab_size, headerless=not ours))
     (train, _), (val, header) = splits
     size = header.get("bytes") or len(tokenizer.decode(val.tolist()).encode())
     key = hashlib.blake2b(json.dumps([header for _, header in splits]).encode(), digest_size=8)
     return Corpus(tokenizer, train, val, size, key.hexdigest())
-
 
 
 class Batches:

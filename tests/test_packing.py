@@ -1,25 +1,23 @@
-"""Packing of text into token files: nothing lost, nothing reordered, damage noticed."""
+"""data.py: what is held out, token files: nothing lost, nothing reordered, damage noticed."""
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-import tokenizer as tk
-from tokenizer import (
-    Bytes,
-    find_files,
-    held_out,
-    load_tokenizer,
-    open_tokens,
-    pack,
-    read_documents,
-    split_documents,
-    train_bpe,
-)
+import data
+from data import TextFile, held_out, open_tokens, pack, read_documents, sample, split_document
+from tokenizer import Bytes, clean, load_tokenizer, train_bpe
+
+
+def find_files(paths):
+    files, notices = data.find_files(paths)
+    assert not notices
+    return files
 
 
 def corpus(folder, count=60, seed=0):
@@ -53,22 +51,21 @@ def test_packed_ids_are_the_documents_in_order_each_with_its_end(tmp_path, bpe):
     stats = pack(find_files([str(tmp_path / "data")]), bpe, tmp_path / "out", split_seed=3)
     packed = read_tokens(tmp_path / "out")
     for split in ("train", "val"):
-        names = [n for n in sorted(texts) if held_out(n, 3) == (split == "val")]
+        names = [n for n in sorted(texts) if held_out([texts[n]], 3) == (split == "val")]
         assert names and packed[split] == [
             id for n in names for id in [*bpe.encode(texts[n]), bpe.end_id]
         ]
         assert stats[split] == {
             "documents": len(names),
             "tokens": len(packed[split]),
-            "invalid": 0,
             "bytes": sum(len(texts[n].encode()) for n in names),
-            "empty": 0,
         }
+    assert stats["notices"] == []
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["train.bin", "val.bin"]
 
 
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path, bpe, monkeypatch):
-    monkeypatch.setattr(tk, "PIECE", 3000)
+    monkeypatch.setattr(data, "PIECE", 3000)
     corpus(tmp_path / "data")
     files = find_files([str(tmp_path / "data")])
     results = [pack(files, bpe, tmp_path / str(n), workers=n) for n in (1, 2, 3)]
@@ -83,12 +80,12 @@ def test_packing_works_with_spawned_processes(tmp_path, bpe, root):
     (tmp_path / "script.py").write_text(
         "import multiprocessing, sys\n"
         f"sys.path.insert(0, {str(root)!r})\n"
-        "import tokenizer\n"
+        "import data, tokenizer\n"
         "if __name__ == '__main__':\n"
         "    multiprocessing.set_start_method('spawn')\n"
         "    bpe = tokenizer.load_tokenizer('bpe')\n"
-        "    tokenizer.PIECE = 5000\n"
-        "    tokenizer.pack(tokenizer.find_files(['data']), bpe, 'out', workers=2)\n"
+        "    data.PIECE = 5000\n"
+        "    data.pack(data.find_files(['data'])[0], bpe, 'out', workers=2)\n"
     )
     subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True, timeout=120)
     pack(find_files([str(tmp_path / "data")]), bpe, tmp_path / "one", workers=1)
@@ -113,66 +110,93 @@ def test_few_documents_hold_out_the_last_tenth_of_each(tmp_path):
     assert (stats["train"]["documents"], stats["val"]["documents"]) == (3, 2)
 
 
-def test_five_percent_are_held_out_by_name_and_seed():
-    names = [f"folder/{n}.py" for n in range(20000)]
-    chosen = [{n for n in names if held_out(n, seed)} for seed in (0, 1)]
+def test_five_percent_are_held_out_by_content_and_seed():
+    texts = [f"text {n}" for n in range(20000)]
+    chosen = [{text for text in texts if held_out([text], seed)} for seed in (0, 1)]
     assert all(900 < len(c) < 1100 for c in chosen) and len(chosen[0] & chosen[1]) < 100
-    assert held_out(names[0], 0) == held_out(names[0], 0)
+    assert held_out(texts[:1], 0) == held_out(texts[:1], 0)
 
 
 def test_both_splits_get_something_even_if_the_draw_gives_nothing(tmp_path):
     """20 documents of which the draw holds out none: the last tenth of each instead."""
-    for n in range(20):
-        (tmp_path / f"{n}.txt").write_text("0123456789" * 3)
+    texts = [f"{n:030}" for n in range(20)]
+    seed = next(s for s in range(100) if not any(held_out([text], s) for text in texts))
+    for n, text in enumerate(texts):
+        (tmp_path / f"{n}.txt").write_text(text)
     files = find_files([str(tmp_path)])
-    seed = next(s for s in range(100) if not any(held_out(name, s) for name, _ in files))
     assert pack(files, Bytes(), tmp_path / "out", split_seed=seed)["val"]["documents"] == 20
 
 
+def test_equal_documents_stand_on_one_side_and_moved_files_keep_theirs(tmp_path):
+    texts = corpus(tmp_path / "a", 40, seed=1)
+    shutil.copytree(tmp_path / "a", tmp_path / "elsewhere" / "b")
+    rows = [{"text": text} for text in texts.values()]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    seed = next(s for s in range(100) if any(held_out([text], s) for text in texts.values()))
+    packed = {}
+    for name, paths in {"one": ["a"], "moved": ["elsewhere/b"], "rows": ["c.jsonl"],
+                        "all": ["a", "elsewhere/b", "c.jsonl"]}.items():
+        files = find_files([tmp_path / path for path in paths])
+        stats = pack(files, Bytes(), tmp_path / name, split_seed=seed)
+        packed[name] = read_tokens(tmp_path / name)
+    assert packed["one"] == packed["moved"]
+    assert stats["notices"] == ["80 of 120 documents are copies of others"]
+    for split in ("train", "val"):
+        documents = {name: Bytes().decode(packed[name][split]).split("<|endoftext|>")[:-1] for name in packed}
+        assert documents["one"] and set(documents["one"]) == set(documents["rows"])
+        assert sorted(documents["one"] * 3) == sorted(documents["all"])
+
+
+def test_a_large_document_stands_where_its_copy_does(tmp_path, monkeypatch):
+    """A text file in pieces and the same text as one row."""
+    monkeypatch.setattr(data, "PIECE", 100_000)
+    for n in range(40):
+        text = f"{n} " + "word\n" * 40_000
+        (tmp_path / "x.txt").write_text(text)
+        assert len(list(TextFile(tmp_path / "x.txt"))) > 1
+        assert held_out(TextFile(tmp_path / "x.txt"), 1) == held_out([text], 1)
+
+
 def test_documents_larger_than_a_piece_have_the_ids_of_the_whole(tmp_path, bpe, monkeypatch):
-    monkeypatch.setattr(tk, "PIECE", 1000)
+    monkeypatch.setattr(data, "PIECE", 1000)
     text = "".join(corpus(tmp_path / "data", 40, seed=4).values()) + "x\r\n\r\ny  \n  z"
     (tmp_path / "big.txt").write_bytes(text.encode())
-    pieces = list(read_documents(tmp_path / "big.txt", "big.txt"))
-    assert len(pieces) > 10 and "".join(piece for _, piece, _ in pieces) == text
-    assert {name for name, _, _ in pieces} == {"big.txt"}
-    pack([("big.txt", tmp_path / "big.txt")], bpe, tmp_path / "out", workers=2)
-    cut = len(text.encode()) - len(text.encode()) // 10
-    head = text.encode()[:cut].decode("utf-8", "ignore")
+    pieces = list(TextFile(tmp_path / "big.txt"))
+    assert len(pieces) > 10 and "".join(pieces) == text
+    pack([tmp_path / "big.txt"], bpe, tmp_path / "out", workers=2)
+    cut = len(text) - len(text) // 10
     assert read_tokens(tmp_path / "out") == {
-        "train": [*bpe.encode(head), bpe.end_id],
-        "val": [*bpe.encode(text[len(head) :]), bpe.end_id],
+        "train": [*bpe.encode(text[:cut]), bpe.end_id],
+        "val": [*bpe.encode(text[cut:]), bpe.end_id],
     }
 
 
 def test_cuts_are_only_after_a_newline_before_a_non_space():
     texts = {"a\nb\nc d": 4, "a\n\nb": 3, "a\nb\n": 2, "a\nb\n  c": 2, "a\n b\n": 0, "": 0, "\n": 0}
-    assert {text: tk.find_cut(text) for text in texts} == texts
+    assert {text: data.find_cut(text) for text in texts} == texts
 
 
 def test_text_without_a_place_to_cut_is_still_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(tk, "PIECE", 100)
-    monkeypatch.setattr(tk, "HOLD", 1000)
+    monkeypatch.setattr(data, "PIECE", 100)
+    monkeypatch.setattr(data, "HOLD", 1000)
     (tmp_path / "line.txt").write_text("é" * 20000, encoding="utf-8")
-    pieces = [text for _, text, _ in read_documents(tmp_path / "line.txt", "line.txt")]
+    pieces = list(TextFile(tmp_path / "line.txt"))
     assert "".join(pieces) == "é" * 20000 and max(map(len, pieces)) <= 1100
 
 
 def test_invalid_utf8_is_replaced_and_counted_wherever_it_stands(tmp_path, monkeypatch):
     rng = random.Random(0)
     for piece in (3, 7, 1 << 20):
-        monkeypatch.setattr(tk, "PIECE", piece)
+        monkeypatch.setattr(data, "PIECE", piece)
         for _ in range(30):
             good = ["a", "\n", "é", "你", "\ufffd", "\U0001f600"]
             parts = rng.choices(
                 [*(g.encode() for g in good), b"\xff", b"\xc3(", b"\xe4\xbd("], k=40
             )
             (tmp_path / "x.txt").write_bytes(b"".join(parts))
-            found = list(read_documents(tmp_path / "x.txt", "x.txt"))
-            assert "".join(text for _, text, _ in found) == b"".join(parts).decode(
-                "utf-8", "replace"
-            )
-            assert sum(bad for _, _, bad in found) == sum(b"\xff" in p or b"(" in p for p in parts)
+            found = "".join(TextFile(tmp_path / "x.txt"))
+            assert clean(found) == b"".join(parts).decode("utf-8", "replace")
+            assert found.count(data.INVALID) == sum(b"\xff" in p or b"(" in p for p in parts)
 
 
 def test_jsonl_has_a_document_a_line(tmp_path):
@@ -181,15 +205,18 @@ def test_jsonl_has_a_document_a_line(tmp_path):
         {"text": "", "id": 1},
     ]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    documents = list(read_documents(tmp_path / "x.jsonl", "x.jsonl"))
-    assert documents[0] == ("x.jsonl:1", "document 0 é", 0)
-    assert documents[30:] == [("x.jsonl:31", "a\ufffd", 1), ("x.jsonl:32", "", 0)]
-    seed = next(s for s in range(100) if any(held_out(f"x.jsonl:{n}", s) for n in range(1, 20)))
+    documents = ["".join(document) for document in read_documents(tmp_path / "x.jsonl")]
+    assert documents == [line["text"] for line in lines]
+    seed = next(s for s in range(100) if any(held_out([text], s) for text in documents[1:20]))
     stats = pack(
         find_files([str(tmp_path / "x.jsonl")]), Bytes(), tmp_path / "out", split_seed=seed
     )
     assert stats["train"]["documents"] + stats["val"]["documents"] == 31
-    assert stats["train"]["empty"] + stats["val"]["empty"] == 1
+    assert stats["notices"] == [
+        f"1 invalid sequences became U+FFFD: {tmp_path / 'x.jsonl'}",
+        "1 empty documents left out",
+    ]
+    assert "a\ufffd" in Bytes().decode(sum(read_tokens(tmp_path / "out").values(), []))
 
 
 @pytest.mark.parametrize(
@@ -217,20 +244,14 @@ def test_files_are_found_in_folders_globs_and_by_name(tmp_path, monkeypatch):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
     (tmp_path / "odd [1].txt").write_text("text")
     names = ["a/c.txt", "a/deep/d.md", "b.py", "noext", "odd [1].txt"]
-    assert [name for name, _ in find_files([str(tmp_path)])] == names
+    files, notices = data.find_files([tmp_path])
+    assert files == [tmp_path / name for name in names]
+    assert notices == ["1 of 6 files left out: binary: picture.png"]
     monkeypatch.chdir(tmp_path)
-    assert [name for name, _ in find_files(["**/*.txt"])] == ["a/c.txt", "odd [1].txt"]
-    assert [name for name, _ in find_files(["picture.png", "odd [1].txt", ".hidden"])] == [
-        ".hidden",
-        "odd [1].txt",
-        "picture.png",
-    ]
-    assert [name for name, _ in find_files(["a", "a/c.txt", "a/*"])] == [
-        "a/c.txt",
-        "c.txt",
-        "deep/d.md",
-    ]
-    assert len({path.resolve() for _, path in find_files(["a", "."])}) == 5
+    assert list(map(str, find_files(["**/*.txt"]))) == ["a/c.txt", "odd [1].txt"]
+    assert list(map(str, find_files(["odd [1].txt", ".hidden"]))) == [".hidden", "odd [1].txt"]
+    assert list(map(str, find_files(["a", "a/c.txt", "a/*"]))) == ["a/c.txt", "a/deep/d.md"]
+    assert len({path.resolve() for path in data.find_files(["a", "."])[0]}) == 5
 
 
 def test_files_of_the_same_name_are_both_kept(tmp_path):
@@ -238,8 +259,7 @@ def test_files_of_the_same_name_are_both_kept(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.txt").write_text(folder)
     found = find_files([str(tmp_path / "one"), str(tmp_path / "two")])
-    assert sorted(path.read_text() for _, path in found) == ["one", "two"]
-    assert len({name for name, _ in found}) == 2
+    assert [path.read_text() for path in found] == ["one", "two"]
 
 
 @pytest.mark.parametrize("missing", ["nothing-here", "*.nothing", "empty-folder"])
@@ -247,7 +267,7 @@ def test_an_input_that_gives_nothing_is_named(tmp_path, monkeypatch, missing):
     (tmp_path / "empty-folder").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as caught:
-        find_files([missing])
+        data.find_files([missing])
     assert missing in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -258,7 +278,8 @@ def test_empty_files_are_skipped_and_counted_and_no_text_at_all_is_an_error(tmp_
     assert not list((tmp_path / "out").iterdir())
     (tmp_path / "full.txt").write_text("hello world")
     stats = pack(find_files([str(tmp_path / "*.txt")]), Bytes(), tmp_path / "out")
-    assert stats["train"]["documents"] == 1 and stats["train"]["empty"] == 1
+    assert stats["train"]["documents"] == 1
+    assert stats["notices"] == ["1 empty documents left out"]
     assert read_tokens(tmp_path / "out")["train"] == [*b"hello worl", 256]
 
 
@@ -307,11 +328,11 @@ def packed(tmp_path):
         (lambda data: data[:-1], "bytes instead of"),
         (lambda data: data + b"\0\0", "bytes instead of"),
         (lambda data: data[:700] + bytes([data[700] ^ 1]) + data[701:], "checksum"),
-        (lambda data: data[512:], "no token file"),
-        (lambda data: b"", "no token file"),
-        (lambda data: b"[]" + data[2:], "no token file"),
-        (lambda data: data.replace(b"tokens-1", b"tokens-9"), "no token file"),
-        (lambda data: data.replace(b'"uint16"', b'"object"'), "no token file"),
+        (lambda data: data[512:], "not a token file"),
+        (lambda data: b"", "not a token file"),
+        (lambda data: b"[]" + data[2:], "not a token file"),
+        (lambda data: data.replace(b"tokens-1", b"tokens-9"), "not a token file"),
+        (lambda data: data.replace(b'"uint16"', b'"object"'), "not a token file"),
     ],
 )
 def test_damaged_token_files_are_noticed(packed, damage, complaint):
@@ -346,16 +367,13 @@ def test_a_token_file_may_hold_nothing(tmp_path):
 
 
 def test_splitting_yields_all_text_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(tk, "PIECE", 500)
-    texts = corpus(tmp_path, 5)
-    joined = {}
-    for split, text, begins, ends, _ in split_documents(find_files([str(tmp_path)])):
-        joined.setdefault(split, []).append((text, begins, ends))
-    assert sum(begins for parts in joined.values() for _, begins, _ in parts) == 10
-    assert sum(ends for parts in joined.values() for _, _, ends in parts) == 10
-    assert sum(len(text) for parts in joined.values() for text, _, _ in parts) == sum(
-        map(len, texts.values())
-    )
+    monkeypatch.setattr(data, "PIECE", 500)
+    for name, text in corpus(tmp_path, 5).items():
+        for document in (TextFile(tmp_path / name), [text]):
+            both = {split: "".join(pieces) for split, pieces in split_document(document, False).items()}
+            assert both["train"] + both["val"] == text and len(both["val"]) == len(text) // 10
+            [(split, pieces)] = split_document(document, True).items()
+            assert "".join(pieces) == text and (split == "val") == held_out(document)
 
 
 def command(*arguments, cwd, root):

@@ -229,8 +229,8 @@ def test_two_processes_equal_one(corpus, finished, tmp_path):
 # --- data ---
 
 def test_the_token_cache_is_used_again_only_for_the_same_inputs(corpus, tmp_path, monkeypatch):
-    folder, packed, pack = shutil.copytree(corpus, tmp_path / "corpus"), [], train.text.pack
-    monkeypatch.setattr(train.text, "pack", lambda *a, **k: packed.append(1) or pack(*a, **k))
+    folder, packed, pack = shutil.copytree(corpus, tmp_path / "corpus"), [], train.data.pack
+    monkeypatch.setattr(train.data, "pack", lambda *a, **k: packed.append(1) or pack(*a, **k))
     start(folder, tmp_path / "a", "--steps", 1)
     start(folder, tmp_path / "b", "--steps", 1)
     assert len(packed) == 1
