@@ -63,7 +63,7 @@ def write(layout, size, folder):
     """A checkpoint of random bf16 weights of this size, in "hf", "meta" or "meta-N" layout."""
     with torch.device("meta"):
         model = Llama3(SIZES[size]).bfloat16()
-    model = model.to_empty(device="cpu")                                # which separates tied weights
+    model = model.to_empty(device="cpu")                                # separates tied weights
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     torch.manual_seed(0)
