@@ -543,13 +543,13 @@ def to_config(stated: dict) -> GLM4Config:
     rope = stated.get("rope_parameters") or stated.get("rope_scaling") or {}
     stated = {name: value for name, value in {**stated, **rope}.items() if value is not None}
     stated.setdefault("rope_type", stated.get("type", "default"))
-    for name, *plain in (("model_type", "chatglm", "glm", "glm4"), ("hidden_act", "silu"),
+    for name, *known in (("model_type", "chatglm", "glm", "glm4"), ("hidden_act", "silu"),
                          ("rmsnorm", True), ("post_layer_norm", True), ("add_bias_linear", False),
                          ("apply_residual_connection_post_layernorm", False), ("pre_seq_len", None),
                          ("multi_query_attention", True), ("rope_type", "default"),
                          ("vision_config", None), ("quantization_config", None)):
-        if stated.get(name, plain[0]) not in plain:
-            raise ValueError(f"{name} is {stated[name]!r}: only {plain} is supported")
+        if stated.get(name, known[0]) not in known:
+            raise ValueError(f"{name} is {stated[name]!r}: only {known} is supported")
     if stated["model_type"] == "chatglm":
         stated = {"rope_ratio": 1, "add_qkv_bias": False, **stated}
         stated |= {ours: stated[theirs] for theirs, ours in FIELDS.items()}

@@ -448,7 +448,7 @@ class Llama3(nn.Module):
         if config.tie_word_embeddings:
             table = weights["model.embed_tokens.weight"]
             head = weights.get("lm_head.weight", table)
-            config = replace(config, tie_word_embeddings=torch.equal(head, table))
+            config = replace(config, tie_word_embeddings=head is table or torch.equal(head, table))
             weights["lm_head.weight"] = table if config.tie_word_embeddings else head
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(config)
@@ -547,11 +547,11 @@ def from_hugging_face(stated: dict) -> Llama3Config:
     rope = stated.get("rope_parameters") or stated.get("rope_scaling") or {}
     stated = {name: value for name, value in {**stated, **rope}.items() if value is not None}
     stated.setdefault("rope_type", stated.get("type", "default"))       # type: the older name
-    for name, *plain in (("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", False),
+    for name, *known in (("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", False),
                          ("mlp_bias", False), ("partial_rotary_factor", 1.0),
                          ("quantization_config", None), ("rope_type", "default", "llama3")):
-        if stated.get(name, plain[0]) not in plain:
-            raise ValueError(f"{name} is {stated[name]!r}: only {plain} is supported")
+        if stated.get(name, known[0]) not in known:
+            raise ValueError(f"{name} is {stated[name]!r}: only {known} is supported")
     sizes = {"num_key_value_heads": stated["num_attention_heads"],      # transformers' defaults
              "head_dim": stated["hidden_size"] // stated["num_attention_heads"],
              "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}

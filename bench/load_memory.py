@@ -34,7 +34,6 @@ def write_meta(model, folder, shards=1, copies=1, by_width=False):
     """
     config, names = model.config, {ours: (name, axis) for name, (ours, axis) in META.items()}
     tensors = model.state_dict()
-    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     folder.mkdir(parents=True, exist_ok=True)
     for rank in range(shards):
         shard = {}
@@ -64,7 +63,9 @@ def write(layout, size, folder):
     """A checkpoint of random bf16 weights of this size, in "hf", "meta" or "meta-N" layout."""
     with torch.device("meta"):
         model = Llama3(SIZES[size]).bfloat16()
-    model = model.to_empty(device="cpu")
+    model = model.to_empty(device="cpu")                                # separates tied weights
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
     torch.manual_seed(0)
     model.initialise()
     if layout == "hf":

@@ -122,7 +122,8 @@ def test_each_config_field_acts_as_in_the_official_code_or_is_refused_by_name(go
         ours = GLM4.from_pretrained(folder)(published(golden / name)["tokens"])
         assert_close(ours[:, -8:], logits, 1e-5, f"{name} {field}")
         seen.add(field)
-    assert seen == {"apply_query_key_layer_scaling", "rope_ratio", "layernorm_epsilon", "rope_theta"}
+    assert seen == {"apply_query_key_layer_scaling", "rope_ratio", "layernorm_epsilon",
+                    "rope_theta"}
     refused = "apply_residual_connection_post_layernorm"
     for name in ("chatglm3", "glm4"):
         with pytest.raises(ValueError, match=f"{refused} is True"):
@@ -295,7 +296,8 @@ def test_autocast_works_with_a_state_and_keeps_fp32_caches():
 
 def test_hidden_compiles_in_one_graph():
     model, tokens = small(sandwich_norms=True), torch.arange(10)[None]
-    compiled, state = torch.compile(model.hidden, backend="eager", fullgraph=True), model.new_state(1, 10)
+    compiled = torch.compile(model.hidden, backend="eager", fullgraph=True)
+    state = model.new_state(1, 10)
     with torch.no_grad():
         assert torch.equal(compiled(tokens), model.hidden(tokens))
         assert_close(compiled(tokens, state), model.hidden(tokens), 1e-5)
@@ -319,13 +321,13 @@ def test_fields_that_a_config_leaves_out_have_the_defaults_of_transformers():
     transformers = pytest.importorskip("transformers")
     for theirs in (transformers.GlmConfig(), transformers.Glm4Config()):
         stated, ours = {**theirs.to_dict(), **theirs.rope_parameters}, GLM4Config()
-        for field in set(GLM4Config.__dataclass_fields__) - {"sandwich_norms", "bos_token_id", "eos_token_id",
-                                                        "pad_token_id"}:
-            assert getattr(ours, field) == stated[field], field
+        for field, value in vars(ours).items():
+            if field != "sandwich_norms" and not field.endswith("_id"):
+                assert value == stated[field], field
 
 
 def test_the_sizes_state_what_the_model_cards_state():
-    told = {name: (size.context, size.rope_theta, size.rms_norm_eps) for name, size in SIZES.items()}
+    told = {name: (c.context, c.rope_theta, c.rms_norm_eps) for name, c in SIZES.items()}
     assert told == {
         "chatglm3-6b": (8192, 1e4, 1e-5), "chatglm3-6b-32k": (32768, 5e5, 1e-5),
         "glm-4-9b": (8192, 1e4, 1.5625e-07), "glm-4-9b-chat": (131072, 5e6, 1.5625e-07),
@@ -369,8 +371,8 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay():
 
 @pytest.mark.parametrize("field, value", [
     ("vocab_size", 0), ("num_hidden_layers", -1), ("num_attention_heads", 5), ("hidden_size", 0),
-    ("head_dim", 6), ("partial_rotary_factor", 1.5), ("partial_rotary_factor", 0.0), ("rms_norm_eps", -1.0),
-    ("rope_theta", float("nan"))])
+    ("head_dim", 6), ("partial_rotary_factor", 1.5), ("partial_rotary_factor", 0.0),
+    ("rms_norm_eps", -1.0), ("rope_theta", float("nan"))])
 def test_an_impossible_config_names_the_field(field, value):
     named = "partial_rotary_factor" if field == "head_dim" else field
     with pytest.raises(ValueError, match=named):
@@ -441,7 +443,7 @@ def test_too_many_tokens_are_an_error_with_both_numbers():
 def test_greedy_generation_equals_recomputing_everything():
     model = small(sandwich_norms=True)
     with torch.no_grad():
-        for parameter in model.parameters():                            # peaked, varied distributions
+        for parameter in model.parameters():                            # peaked, varied
             parameter.mul_(6.0 if parameter.dim() == 2 else 1.0)
     prompts = [[3, 1, 4], [1, 5], [9, 2, 6, 5, 3, 5], [8, 9]]
     want = [continuation(model, prompt, 12) for prompt in prompts]
@@ -534,11 +536,10 @@ def test_overrides_change_the_config_and_unknown_ones_are_refused(golden):
     assert changed.config.context == 99
     with pytest.raises(ValueError, match="rope_base"):
         load_checkpoint(golden / "glm4_hf", rope_base=3)
-    for field, value in (("hidden_size", "8"), ("rope_theta", "1e4"), ("attention_bias", "false")):
+    for field, value in (("hidden_size", "8"), ("rope_theta", "1e4"), ("attention_bias", "false"),
+                         ("num_key_value_heads", None)):
         with pytest.raises(ValueError, match=field):
             load_checkpoint(golden / "glm4_hf", **{field: value})
-    with pytest.raises(ValueError, match="NoneType"):
-        load_checkpoint(golden / "glm4_hf", num_key_value_heads=None)
 
 
 def test_a_tied_head_is_the_embedding(tmp_path):
