@@ -253,10 +253,10 @@ class Conversation:
         """
         if drawn is None:
             return rendered
-        def letters(ids):                    # without any white space
-            return "".join(self.tokenizer.decode(ids).split())
-        ids = drawn if letters(drawn).endswith(letters(self.end)) else drawn + self.end
-        return ids if letters(ids) == letters(rendered) else rendered
+        spell = self.tokenizer.decode
+        ids = drawn if spell(drawn).endswith(spell(self.end)) else drawn + self.end
+        same = "".join(spell(ids).split()) == "".join(spell(rendered).split())
+        return ids if same else rendered
 
     def is_silent(self, id: int) -> bool:
         """Whether it is a stop id without text. (World's ".\\n\\n" ends a turn, and is text.)"""
