@@ -6,14 +6,14 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
     L times:
         q, k, v = LN(x) W_attn + b                  split into H heads of D channels, C = H D
         y = softmax(q kᵀ / √D + mask) v             per head; mask: -∞ for what comes later
-        x = x + concat(y) W_proj + b                concat: the heads side by side again
-        x = x + GELU(LN(x) W_fc + b) W_proj + b     W_fc makes 4 C channels of C
+        x = x + concat(y) W_o + b                   concat: the heads side by side again
+        x = x + GELU(LN(x) W_fc + b) W_out + b      C -> 4 C -> C channels
     logits = LN(x) wteᵀ
 
     LN(x) = (x - mean(x)) / √(var(x) + ε) * weight + bias           over the channels
     GELU(x) = x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))              close to x Φ(x)
 
-The other models of this project are best read as departures from this one. What is GPT-2's own:
+The other models of this project are best read as departures from this one. What they change:
 
 * positions are learned vectors, added once at the bottom: there are none beyond `n_positions`;
 * LayerNorm (mean, variance, bias) before each half of a block, and once at the end;
@@ -32,14 +32,13 @@ Face layout (safetensors or bin, keys with or without `transformer.`) and nanoGP
     [new] = model.generate([[464, 3290]], 20, temperature=0.8, top_k=50, seed=1)
     model.save_pretrained("copy")                           # transformers opens it
     tokens = torch.tensor([[464, 3290, 318, 257]])          # (B, T); to train on them:
-    F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    torch.optim.AdamW(model.parameter_groups(weight_decay=0.1), **model.OPTIMIZER).step()
+    F.cross_entropy(model.train()(tokens)[0, :-1], tokens[0, 1:]).backward()
+    torch.optim.AdamW(model.parameter_groups(weight_decay=0.1), 3e-5, **model.OPTIMIZER).step()
 """
 import itertools
 import json
 import math
 import os
-import re
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -63,7 +62,7 @@ class GPTConfig:
     n_inner: int = 3072
     activation_function: str = "gelu_new"    # OpenAI's tanh form; nanoGPT has the exact "gelu"
     layer_norm_epsilon: float = 1e-5
-    bias: bool = True                        # False, nanoGPT's default: no bias anywhere
+    bias: bool = True                        # False, as in nanoGPT's train.py: no bias anywhere
     tie_word_embeddings: bool = True
     embd_pdrop: float = 0.0                  # dropout in training: after the embeddings,
     attn_pdrop: float = 0.0                  # on the attention weights,
@@ -91,16 +90,14 @@ class GPTConfig:
     @classmethod
     def sized(cls, layers: int, width: int, vocab_size: int, context: int) -> "GPTConfig":
         """GPT-2 of this depth and width: heads of about 64 channels, an MLP four times as wide."""
-        heads = max(1, width // 64)
-        while width % heads:
-            heads -= 1
+        heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
         return cls(vocab_size, context, width, layers, heads, n_inner=4 * width)
 
 
 OPENAI = dict(embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1,
               bos_token_id=50256, eos_token_id=50256)
-SIZES = {
-    "gpt2": GPTConfig(**OPENAI),                                                # 124,439,808
+SIZES = {          # vocab_size, n_positions, n_embd, n_layer, n_head, n_inner     parameters
+    "gpt2": GPTConfig(50257, 1024, 768, 12, 12, 3072, **OPENAI),                # 124,439,808
     "gpt2-medium": GPTConfig(50257, 1024, 1024, 24, 16, 4096, **OPENAI),        # 354,823,168
     "gpt2-large": GPTConfig(50257, 1024, 1280, 36, 20, 5120, **OPENAI),         # 774,030,080
     "gpt2-xl": GPTConfig(50257, 1024, 1600, 48, 25, 6400, **OPENAI),            # 1,557,611,200
@@ -120,8 +117,8 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.heads, -1).unbind(2)            # (B, T, H, D)
         if cache is not None:
-            k = append(cache[0], positions, k)                          # (B, slots, H, D)
-            v = append(cache[1], positions, v)
+            k = store(cache[0], positions, k)                          # (B, slots, H, D)
+            v = store(cache[1], positions, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H, T or slots, D)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
@@ -189,20 +186,20 @@ def look_back(tokens: Tensor, state: State | None, context: int):
     if len(state.position) != len(tokens):
         raise ValueError(f"{len(tokens)} rows of tokens, but a state of {len(state.position)}")
     positions = state.position[:, None] + steps                         # (B, T)
-    slots = state.capacity                   # compiled, shapes are static: every slot is read
-    if not torch.compiler.is_compiling():    # this forces a GPU synchronisation
-        low, high = torch.stack(state.position.aminmax()).tolist()
+    slots = state.capacity                   # under torch.compile, whose shapes are static
+    if not torch.compiler.is_compiling():
+        low, high = torch.stack(state.position.aminmax()).tolist()      # one GPU synchronisation
         slots = high + len(steps)
         if slots > min(context, state.capacity):
             raise ValueError(f"{slots} tokens do not fit: the context of the model is {context}, "
                              f"the capacity of the state {state.capacity}")
-        if low == high and (high == 0 or len(steps) == 1):
+        if low == high and (high == 0 or len(steps) == 1):  # an empty cache; one token sees all
             return positions, slots, None
     seen = torch.arange(slots, device=tokens.device) <= positions[:, :, None]
     return positions, slots, seen[:, None]
 
 
-def append(cache: Tensor, positions: Tensor, new: Tensor) -> Tensor:
+def store(cache: Tensor, positions: Tensor, new: Tensor) -> Tensor:
     """Write `new` (B, T, heads, D) into `cache` (B, slots, heads, D) at `positions` (B, T).
 
     Returns what attention reads. Earlier entries are constants: gradients flow only into `new`.
@@ -247,11 +244,8 @@ class GPT(nn.Module):
                 parameter.normal_(std=0.01 if name == "wpe.weight" else 0.02)
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        """(B, T) tokens -> (B, T, C) after the final norm.
-
-        With a state, the tokens continue the cached sequence, and it advances by T. ValueError if
-        they do not fit into the context or the state.
-        """
+        """(B, T) tokens -> (B, T, C) after the final norm. With a state, the tokens continue the
+        cached sequence, and it advances by T. ValueError if they do not fit."""
         positions, slots, mask = look_back(tokens, state, self.config.n_positions)
         x = self.drop(self.wte(tokens) + self.wpe(positions))           # (B, T, C)
         for i, block in enumerate(self.h):
@@ -273,8 +267,7 @@ class GPT(nn.Module):
     def new_state(self, batch_size: int, max_tokens: int) -> State:
         """An empty cache for `batch_size` rows of `max_tokens` tokens, at most the context."""
         c, like = self.config, self.wte.weight
-        shape = (batch_size, c.n_layer, min(max_tokens, c.n_positions), c.n_head,
-                 c.n_embd // c.n_head)
+        shape = batch_size, c.n_layer, min(max_tokens, c.context), c.n_head, c.n_embd // c.n_head
         return State(like.new_zeros(batch_size, dtype=torch.int64), like.new_zeros(shape),
                      like.new_zeros(shape))
 
@@ -298,19 +291,19 @@ class GPT(nn.Module):
                  stop=None, seed: int | None = None, on_token=None) -> list[list[int]]:
         """Continue each prompt, a list of tokens; returns the new tokens of each.
 
-        A row ends at a token in `stop` (None: the config's eos_token_id), which is left out, or
-        when its context is full. temperature 0 is greedy, otherwise see `probabilities`.
-        on_token(row, token) is called for every token drawn, the stop token too. state: continue
-        this cached sequence (one prompt only) and leave it advanced; the last token drawn has not
-        been fed to it. Dropout is off meanwhile. ValueError, before any work, if it cannot be done.
+        A row ends at a token in `stop` (None: the config's eos_token_id), which is left out, after
+        max_new_tokens, or when its context is full. temperature 0 is greedy, otherwise see
+        `probabilities`. on_token(row, token) is called for every token drawn, the stop token too.
+        state: continue this cached sequence (one prompt only) and leave it advanced; the last token
+        drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
         c, context = self.config, self.config.context or math.inf
-        seen = sorted(itertools.chain(*prompts))
-        if not seen or not all(prompts):
+        if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
-        if seen[0] < 0 or seen[-1] >= c.vocab_size:
-            raise ValueError(f"prompt tokens from {seen[0]} to {seen[-1]}, but the vocabulary has "
-                             f"0 to {c.vocab_size - 1}: is this the model's own tokenizer?")
+        low, high = min(map(min, prompts)), max(map(max, prompts))
+        if low < 0 or high >= c.vocab_size:
+            raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
+                             f"{c.vocab_size - 1}: is this the model's own tokenizer?")
         if (max_new_tokens < 0 or not temperature >= 0 or (top_k is not None and top_k < 1)
                 or (top_p is not None and not 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
@@ -326,8 +319,8 @@ class GPT(nn.Module):
         if needed > min(context, state.capacity):
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        if stop is None:
-            stop = c.eos_token_id if isinstance(c.eos_token_id, (list, tuple)) else [c.eos_token_id]
+        stop = c.eos_token_id if stop is None else stop
+        stop = [stop] if stop is None or isinstance(stop, int) else stop
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -346,7 +339,7 @@ class GPT(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # ended rows are fed too, but count no further
+                if active:                   # ended rows are fed again, into their last slot
                     ended = [row not in active for row in order]
                     state.position.sub_(state.position.new_tensor(ended))
                     logits = self(tokens[:, None], state, last=True)[:, 0]
@@ -363,10 +356,10 @@ class GPT(nn.Module):
         logits, start = [], 0
         for _, group in itertools.groupby(prompts, key=len):
             tokens = torch.tensor(list(group), device=state.position.device)     # (b, length)
-            rows = state._make(tensor[start:start + len(tokens)] for tensor in state)
+            rows = state._make(t[start:start + len(tokens)] for t in state)      # views of it
             for piece in tokens.split(512, dim=1):
-                last = self(piece, rows, last=True)                              # (b, 1, V)
-            logits.append(last[:, 0])
+                final = self(piece, rows, last=True)                             # (b, 1, V)
+            logits.append(final[:, 0])
             start += len(tokens)
         return torch.cat(logits)
     # --- end of generate ---
@@ -379,8 +372,7 @@ class GPT(nn.Module):
         dtype None keeps the stored one. overrides: config fields that the file states wrongly.
         A damaged file raises what torch, safetensors or json raise.
         """
-        path = Path(path)
-        path = path / "ckpt.pt" if (path / "ckpt.pt").exists() else path
+        path = Path(path, "ckpt.pt") if Path(path, "ckpt.pt").exists() else Path(path)
         config, tensors = read_nanogpt(path) if path.suffix == ".pt" else read_hugging_face(path)
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(replace(config, **overrides))
@@ -419,7 +411,7 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     if top_p is not None and top_p < 1:
         falling, order = probs.sort(dim=-1, descending=True, stable=True)
         beyond = falling.cumsum(-1) - falling > top_p                   # the mass before it is > p
-        probs = probs.masked_fill(beyond.gather(-1, order.argsort(-1)), 0.0)
+        probs = probs.scatter(-1, order, falling.masked_fill(beyond, 0.0))
     return probs
 
 
@@ -469,10 +461,6 @@ def read_tensors(path: Path):
 # --- end of read_tensors ---
 
 
-MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")           # saved, but no parameter
-MATRIX = re.compile(r"h\.\d+\.(attn|mlp)\.c_\w+\.weight")               # published as (in, out)
-
-
 def read_hugging_face(path: Path):
     """(config, tensors) of a Hugging Face GPT-2."""
     folder = path if path.is_dir() else path.parent
@@ -499,11 +487,11 @@ def read_nanogpt(path: Path):
 
 
 def to_ours(tensors, transposed: bool):
-    """Yield (our name, our tensor) for each published one."""
+    """Yield (our name, our tensor) for each published one but the buffers of masks."""
     for name, tensor in tensors:
         name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
-        if not MASK_BUFFER.fullmatch(name):
-            turned = transposed and MATRIX.fullmatch(name)
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):
+            turned = transposed and name.startswith("h.") and tensor.dim() == 2
             yield name, tensor.t().contiguous() if turned else tensor
 
 
@@ -511,8 +499,9 @@ def to_published(model: GPT) -> dict[str, Tensor]:
     """Hugging Face's tensors: matrices as (in, out), and biases, of zero where we have none."""
     published = {}
     for name, tensor in model.state_dict().items():
-        published[name] = (tensor.t() if MATRIX.fullmatch(name) else tensor).contiguous()
-        if not model.config.bias and ("ln_" in name or MATRIX.fullmatch(name)):
+        matrix = name.startswith("h.") and tensor.dim() == 2
+        published[name] = (tensor.t() if matrix else tensor).contiguous()
+        if not model.config.bias and name.startswith(("h.", "ln_f.")):
             published[name.replace("weight", "bias")] = tensor.new_zeros(len(tensor))
     if model.config.tie_word_embeddings:
         del published["lm_head.weight"]

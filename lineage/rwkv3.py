@@ -376,19 +376,19 @@ class RWKV3(nn.Module):
                  stop=None, seed: int | None = None, on_token=None) -> list[list[int]]:
         """Continue each prompt, a list of tokens; returns the new tokens of each.
 
-        A row ends at a token in `stop` (None: the config's eos_token_id), which is left out, or
-        when its context is full. temperature 0 is greedy, otherwise see `probabilities`.
-        on_token(row, token) is called for every token drawn, the stop token too. state: continue
-        this cached sequence (one prompt only) and leave it advanced; the last token drawn has not
-        been fed to it. Dropout is off meanwhile. ValueError, before any work, if it cannot be done.
+        A row ends at a token in `stop` (None: the config's eos_token_id), which is left out, after
+        max_new_tokens, or when its context is full. temperature 0 is greedy, otherwise see
+        `probabilities`. on_token(row, token) is called for every token drawn, the stop token too.
+        state: continue this cached sequence (one prompt only) and leave it advanced; the last token
+        drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
         c, context = self.config, self.config.context or math.inf
-        seen = sorted(itertools.chain(*prompts))
-        if not seen or not all(prompts):
+        if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
-        if seen[0] < 0 or seen[-1] >= c.vocab_size:
-            raise ValueError(f"prompt tokens from {seen[0]} to {seen[-1]}, but the vocabulary has "
-                             f"0 to {c.vocab_size - 1}: is this the model's own tokenizer?")
+        low, high = min(map(min, prompts)), max(map(max, prompts))
+        if low < 0 or high >= c.vocab_size:
+            raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
+                             f"{c.vocab_size - 1}: is this the model's own tokenizer?")
         if (max_new_tokens < 0 or not temperature >= 0 or (top_k is not None and top_k < 1)
                 or (top_p is not None and not 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
@@ -404,8 +404,8 @@ class RWKV3(nn.Module):
         if needed > min(context, state.capacity):
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        if stop is None:
-            stop = c.eos_token_id if isinstance(c.eos_token_id, (list, tuple)) else [c.eos_token_id]
+        stop = c.eos_token_id if stop is None else stop
+        stop = [stop] if stop is None or isinstance(stop, int) else stop
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -424,7 +424,7 @@ class RWKV3(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # ended rows are fed too, but count no further
+                if active:                   # ended rows are fed again, into their last slot
                     ended = [row not in active for row in order]
                     state.position.sub_(state.position.new_tensor(ended))
                     logits = self(tokens[:, None], state, last=True)[:, 0]
@@ -441,10 +441,10 @@ class RWKV3(nn.Module):
         logits, start = [], 0
         for _, group in itertools.groupby(prompts, key=len):
             tokens = torch.tensor(list(group), device=state.position.device)     # (b, length)
-            rows = state._make(tensor[start:start + len(tokens)] for tensor in state)
+            rows = state._make(t[start:start + len(tokens)] for t in state)      # views of it
             for piece in tokens.split(512, dim=1):
-                last = self(piece, rows, last=True)                              # (b, 1, V)
-            logits.append(last[:, 0])
+                final = self(piece, rows, last=True)                             # (b, 1, V)
+            logits.append(final[:, 0])
             start += len(tokens)
         return torch.cat(logits)
     # --- end of generate ---
@@ -498,7 +498,7 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     if top_p is not None and top_p < 1:
         falling, order = probs.sort(dim=-1, descending=True, stable=True)
         beyond = falling.cumsum(-1) - falling > top_p                   # the mass before it is > p
-        probs = probs.masked_fill(beyond.gather(-1, order.argsort(-1)), 0.0)
+        probs = probs.scatter(-1, order, falling.masked_fill(beyond, 0.0))
     return probs
 
 

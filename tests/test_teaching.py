@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from train import Batches, Run
 
-from gpt import GPT, Attention, GPTConfig, probabilities, append
+from gpt import GPT, Attention, GPTConfig, probabilities, store
 
 RUN = Run(torch.device("cpu"), torch.float32)
 
@@ -73,9 +73,9 @@ def test_a_cache_of_keys_and_values_gives_what_recomputing_gives():
             assert torch.allclose(step, whole[:, t:t + 1], atol=1e-5)
 
 
-def test_append_writes_into_the_cache():
+def test_store_writes_into_the_cache():
     cache = torch.zeros(1, 4, 1, 2)
-    append(cache, torch.tensor([[2]]), torch.ones(1, 1, 1, 2))
+    store(cache, torch.tensor([[2]]), torch.ones(1, 1, 1, 2))
     assert cache[0, :, 0, 0].tolist() == [0, 0, 1, 0]
 
 
