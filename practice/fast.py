@@ -1,6 +1,6 @@
 """Faster generation from outside the model files: linear layers, and speculative decoding.
 
-    print(accelerate(model, weights="int8"))        # replaces the linear layers; says by what and why
+    print(accelerate(model, weights="int8"))    # replaces the linear layers; says by what and why
     speculation = Speculation(gpt.probabilities, draft=small)           # draft None: from the text
     [new] = speculation.generate(model, [prompt], 200, temperature=0.8) # as model.generate
     print(speculation.report())
@@ -193,7 +193,9 @@ def accelerate(model: nn.Module, weights: str | None = None, fast: str = "auto")
     if fast != "off" and device != "cpu":
         why = f"other operators are for CPUs, this is {device}"
     elif fast != "off":
-        operators, why = choose(kind, timings(linears, weights), timings(linears, None)["plain"])
+        times = timings(linears, weights)
+        plain = (timings(linears, None) if weights else times)["plain"]
+        operators, why = choose(kind, times, plain)
     if weights or set(operators) != {"plain"}:
         for parent in [*model.modules()]:
             for name, child in [*parent.named_children()]:
@@ -207,8 +209,8 @@ def choose(kind: type, times: dict, plain: list[float]) -> tuple[tuple[str, ...]
     best, chosen = float("inf"), None
     for store in kind.STORES:
         here = [name for name in store if name in times]
-        if here:                             # less than 5 % is noise: then the first, which is plain
-            names = [min(here, key=lambda name: times[name][i] * (1.0 if name != "plain" else 0.95))
+        if here:                             # a gain of less than 5 % is noise: then plain
+            names = [min(here, key=lambda name: times[name][i] * (0.95 if name == "plain" else 1))
                      for i in range(len(ROWS))]
             total = sum(times[name][i] / ROWS[i] for i, name in enumerate(names))
             if total < 0.95 * best:
@@ -226,10 +228,7 @@ def timings(linears: list[nn.Linear], weights: str | None) -> dict[str, list[flo
     Measured once for a processor, a torch and a set of shapes, and kept in the user's cache folder.
     An operator that is missing here, or refuses this dtype, is left out.
     """
-    some = linears[:1]                       # more than caches hold, in less than a second
-    for linear in linears[1:]:
-        if sum(layer.weight.numel() for layer in some) < 2 ** 25:
-            some.append(linear)
+    some = first(linears, 2 ** 25)           # more than the processor's cache holds
     dtype = some[0].weight.dtype
     names = {name for store in KINDS[weights].STORES for name in store}
     if weights is None:
@@ -240,11 +239,21 @@ def timings(linears: list[nn.Linear], weights: str | None) -> dict[str, list[flo
     return remembered(key, lambda: measure(some, KINDS[weights], sorted(names)))
 
 
+def first(linears: list[nn.Linear], size: int) -> list[nn.Linear]:
+    """Layers from the first on, until they have this number of weights."""
+    some = linears[:1]
+    for linear in linears[1:]:
+        if sum(layer.weight.numel() for layer in some) < size:
+            some.append(linear)
+    return some
+
+
 @torch.inference_mode()
 def measure(linears: list[nn.Linear], kind: type, names: list[str]) -> dict[str, list[float]]:
     """The best of some passes of each operator that gives the right result, in turns."""
     layers, inputs = {}, [[torch.randn(rows, linear.in_features).to(linear.weight.dtype)
-                           for linear in linears] for rows in ROWS]
+                           for linear in (linears if rows == 1 else first(linears, 2 ** 22))]
+                          for rows in ROWS]
     right = [F.linear(x, linears[0].weight, linears[0].bias).float() for x, *_ in inputs]
     for name in names:                       # a trial call for each number of rows
         try:
@@ -434,7 +443,7 @@ class Speculation:
                 longest = min(longest + 2, self.LONGEST) if complete else max(1, len(drawn) - 1)
                 if seed is None and self.is_slower():
                     stopped, self.stops = True, self.stops + 1
-            for token in drawn:              # one by one: on_token may raise, and the state is right
+            for token in drawn:              # one by one: the state is right if on_token raises
                 state.position.add_(1)
                 text.append(token)
                 if token not in stop:
@@ -451,7 +460,9 @@ class Speculation:
         def distribution(logits):            # (1, V) -> (V,)
             return normalised(logits, self.probabilities, *sampling)
         start = time.perf_counter()
-        proposed, q = source.propose(text, count, distribution, generator) if count > 0 else ([], [])
+        proposed, q = [], []
+        if count > 0:
+            proposed, q = source.propose(text, count, distribution, generator)
         fed = torch.tensor([[text[-1], *proposed]], device=state.position.device)
         logits = model(fed, state)[0]                                   # (1 + proposals, V)
         drawn = accept(proposed, q, lambda i: distribution(logits[i:i + 1]), generator)
@@ -468,7 +479,8 @@ class Speculation:
     def is_slower(self) -> bool:
         """Whether the last checked steps took more time per token than plain steps."""
         seconds, tokens = map(sum, zip(*self.checked))
-        return len(self.checked) >= self.CHECKED and seconds / tokens > statistics.median(self.plain)
+        plain = statistics.median(self.plain)
+        return len(self.checked) >= self.CHECKED and seconds / tokens > plain
 
     def report(self) -> str:
         """One line: what was accepted, and the speed against plain steps."""
@@ -481,7 +493,7 @@ class Speculation:
 
 
 def normalised(logits: Tensor, probabilities, temperature, top_k, top_p) -> Tensor:
-    """(1, V) logits -> (V,) what is drawn from, fp64 on the CPU; all on one token at temperature 0."""
+    """(1, V) logits -> (V,) what is drawn from, fp64 on the CPU; temperature 0: one token alone."""
     if not logits.amax().isfinite():
         raise ValueError("the logits hold NaN or infinity: damaged weights, or too narrow a dtype")
     if temperature == 0:
