@@ -11,6 +11,7 @@ is new, and a recurrent model's conversation, a file of a megabyte or less, goes
 From the top: command line; does this model converse; a conversation; typing; files of prompts.
 """
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 
 import tokenizer as text
+from practice import fast
 from checkpoints import (check_vocabulary, eos_tokens, is_out_of_memory, load_checkpoint, locate,
                          readable)
 from train import Parser, choose_device, complain, show_any_text
@@ -64,12 +66,22 @@ def parse(argv: list[str] | None):
         "(without this flag: what generation_config.json says, else all)")
     add("--seed", type=int, metavar="N", help="the same seed draws the same text")
     add("--tokenizer", metavar="PATH", help="if it is not beside the weights")
+    add("--fast", choices=("auto", "off"), default="auto", help="linear layers by the operators that "
+        "are quickest on this machine, measured once (auto), or torch's own (off)")
+    add("--weights", dest="bits", choices=("int8", "int4"), help="quantise the weights: less memory "
+        "and, where this is said, quicker")
+    add("--draft", metavar="DIR", help="a smaller model of the same vocabulary, which proposes "
+        "tokens that this one checks: speculative decoding")
+    add("--lookup", action="store_true", help="speculative decoding with proposals from the text")
     add("--device", help="cuda, mps or cpu (without this flag: the first of them there is)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="if not as it is stored")
     args = parser.parse_args(argv)
     for wrong, message in (
             ((args.input is None) != (args.output is None), "--input and --output go together"),
             (args.input and args.prompt is not None, "--prompt and --input: give one of them"),
+            (args.draft and args.lookup, "--draft and --lookup: give one of them"),
+            (args.input and (args.draft or args.lookup), "--draft and --lookup are for one text at "
+             "a time, not for --input"),
             (args.batch_size < 1, f"--batch-size {args.batch_size}: at least 1"),
             (args.max_new_tokens < 1, f"--max-new-tokens {args.max_new_tokens}: at least 1"),
             (not 0 <= (args.temperature or 0) < float("inf"),
@@ -112,10 +124,23 @@ def open_conversation(args) -> "Conversation":
         f"completes  text: {why}")
     say("sampling   " + ", ".join(f"{k} {v}" for k, v in sampling.items() if v is not None)
         + f"; at most {args.max_new_tokens} new tokens")
+    say("linear     " + fast.accelerate(model, args.bits, args.fast))
     conversation = Conversation(model, tokenizer, sampling, args.max_new_tokens, args.seed)
+    if args.draft or args.lookup:
+        draft = load_checkpoint(args.draft, device, dtype) if args.draft else None
+        conversation.speculation = speculation(model, draft, args)
     conversation.stops |= stated_eos(folder)
     conversation.reset(args.system)
     return conversation
+
+
+def speculation(model, draft, args) -> fast.Speculation:
+    """Speculative decoding by a draft model or, if it is None, by looking into the text."""
+    if draft is not None:
+        fast.accelerate(draft, None, args.fast)
+    fast.refuse_recurrent(model)
+    probabilities = sys.modules[type(model).__module__].probabilities
+    return fast.Speculation(probabilities, draft)
 
 # ------------------------------------------------------------------------- does this model converse
 
@@ -193,6 +218,7 @@ class Conversation:
         self.sampling, self.max_new_tokens, self.seed = sampling, max_new_tokens, seed
         self.format, self.context = tokenizer.chat_format, model.config.context
         self.times = []                      # when each token of the last answer was drawn
+        self.speculation = None              # what proposes tokens, see practice/fast.py
         self.stops = {*tokenizer.stop_ids, *eos_tokens(model.config)}
         if self.format:                      # the id that ends a reply
             silence = [{"role": role, "content": ""} for role in ("user", "assistant")]
@@ -321,8 +347,12 @@ class Conversation:
                 raise Stop
         with between_tokens() as asked:
             try:
-                self.model.generate([ids[int(state.position):]], limit, state=state, seed=seed,
-                                    stop=self.stops, on_token=hear, **self.sampling)
+                fed, generate, more = int(state.position), self.model.generate, {}
+                if self.speculation:
+                    generate = functools.partial(self.speculation.generate, self.model)
+                    more = {"history": ids[:fed]}
+                generate([ids[fed:]], limit, state=state, seed=seed, stop=self.stops,
+                         on_token=hear, **more, **self.sampling)
             except Stop:
                 return drawn, "stopped" if asked else None, True
             except KeyboardInterrupt:        # perhaps half way through a token
@@ -444,6 +474,8 @@ def answer_one(conversation: Conversation, prompt: str) -> None:
     times = conversation.times
     speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
     say(f"[{len(times)} tokens, {speed:.1f} tokens/s]")
+    if conversation.speculation:
+        say(f"[{conversation.speculation.report()}]")
 
 
 def talk(conversation: Conversation) -> None:

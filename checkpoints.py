@@ -124,7 +124,9 @@ def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrid
         model_class, config_class, _ = model_parts(name)
         folder = path if path.is_dir() else path.parent
         if (folder / "config.json").exists():
-            check_fields(config_class, read_json(folder / "config.json"), folder / "config.json")
+            stated = read_json(folder / "config.json")                  # null: not stated
+            check_fields(config_class, {name: value for name, value in stated.items()
+                                        if value is not None}, folder / "config.json")
         unknown = set(overrides) - {spec.name for spec in dataclasses.fields(config_class)}
         if unknown:
             raise ValueError(f"{config_class.__name__} has no field {', '.join(sorted(unknown))}")
@@ -179,13 +181,13 @@ def is_pointer(path: Path) -> bool:
 
 
 def check_fields(config_class: type, values: dict, where) -> None:
-    """ValueError that names the first value which its config field cannot hold; None may be."""
+    """ValueError that names the first value which its config field cannot hold."""
     types = typing.get_type_hints(config_class)
     for name, value in values.items():
         kinds = typing.get_args(types.get(name)) or (types.get(name),)
         kinds = {typing.get_origin(kind) or kind for kind in kinds}     # list[int]: list
         fits = type(value) in kinds or (float in kinds and type(value) is int)
-        if name in types and value is not None and not fits:
+        if name in types and not fits:
             wanted = " or ".join(sorted(kind.__name__ for kind in kinds - {type(None)}))
             raise ValueError(f"{where}: {name} is {value!r}, but it takes {wanted}")
 

@@ -4,32 +4,27 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
 
     x = embed_tokens[token]
     L times:
-        h = norm(x)
-        q, k, v = R(h W_q), R(h W_k), h W_v             heads of D channels: H of q, K of k and v
+        q, k, v = rotate(h W_q), rotate(h W_k), h W_v   h = norm(x); H heads of q, K of k and v
         y = softmax(q kᵀ / √D + mask) v                 per head of q; mask: -∞ for what comes later
         x = x + concat(y) W_o                           concat: the H heads side by side again
-        h = norm(x)
-        x = x + (SiLU(h W_gate) * h W_up) W_down        SwiGLU: one product gates the other
+        x = x + (SiLU(h W_gate) * h W_up) W_down        h = norm(x) again; SwiGLU, a gated MLP
     logits = norm(x) W_head
 
     norm(x) = x / √(mean(x²) + ε) * weight              RMSNorm, over the channels
     SiLU(x) = x / (1 + exp(-x))
-    R turns channels (a, b) = (j, j + D/2) of each head, for j < D/2, by an angle that grows with
-    the position t, so that q kᵀ depends on distances only:
-        (a, b) -> (a cos φ - b sin φ, a sin φ + b cos φ),  φ = t ω_j,  ω_j = rope_theta^(-2j/D)
-
-    heads that share keys, H = 8 and K = 2:     q   0 1 2 3   4 5 6 7
-                                                    \ \ / /   \ \ / /
-                                                k, v   0         1
+    rotate, at position t, turns each pair of channels (a, b) = (j, j + D/2) of a head:
+        (a cos φ - b sin φ, a sin φ + b cos φ)          φ = t ω_j,  ω_j = rope_theta^(-2j/D)
 
 What differs from GPT-2 (gpt.py):
 
-* positions are rotations of q and k (RoPE); 3.1 slows the low frequencies, which stretches a
-  model trained at 8192 tokens to a context of 131072;
-* RMSNorm subtracts no mean, and nothing in the model has a bias;
-* H/K heads of q share one head of k and v (grouped queries), for a smaller cache;
-* the MLP is gated, by a third matrix;
-* the head is a matrix of its own, except in the small 3.2 models, where it is the token table.
+* positions are rotations of q and k (RoPE): q kᵀ depends on distances only. 3.1 slows the low
+  frequencies, which stretches a model trained at 8192 tokens to a context of 131072;
+* RMSNorm subtracts no mean; nothing has a bias; the MLP is gated, by a third matrix;
+* the head is a matrix of its own, except in the small 3.2 models, where it is the token table;
+* H/K heads of q in a row share one head of k and v, for a smaller cache (grouped queries):
+
+      q        0 1 2 3   4 5 6 7          H = 8
+      k, v     [  0  ]   [  1  ]          K = 2
 
     B batch   T time   C channels (hidden_size)   H heads   K key/value heads   D head size
     L layers  V vocabulary   M cache capacity in tokens
@@ -37,8 +32,7 @@ What differs from GPT-2 (gpt.py):
 References: Grattafiori et al. 2024, "The Llama 3 Herd of Models"; Su et al. 2021 (RoPE); Ainslie
 et al. 2023 (grouped queries); Shazeer 2020 (SwiGLU); Zhang and Sennrich 2019 (RMSNorm);
 meta-llama/llama3@a0940f9 llama/model.py; meta-llama/llama-models@a9c89c4 models/llama3/model.py.
-Loads Meta's layout (params.json and consolidated.NN.pth, any number of shards) and Hugging Face's
-(one file, or shards with an index).
+Loads Meta's layout (params.json and consolidated.NN.pth, any number of shards) and Hugging Face's.
 
     model = Llama3.from_pretrained("path/to/Llama-3.2-1B")  # or Llama3(SIZES["llama3.2-1b"])
     [new] = model.generate([[128000, 9906]], 20, temperature=0.6, top_p=0.9, seed=1)
@@ -65,7 +59,6 @@ from torch.nn import functional as F
 @dataclass(frozen=True)
 class Llama3Config:
     """Sizes of a Llama 3, named as in the published config.json; the default is 8B."""
-    vocab_size: int = 128256
     max_position_embeddings: int = 8192
     hidden_size: int = 4096
     num_hidden_layers: int = 32
@@ -73,12 +66,13 @@ class Llama3Config:
     num_key_value_heads: int = 8
     head_dim: int = 128
     intermediate_size: int = 14336
+    vocab_size: int = 128256
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     rope_factor: float = 1.0                 # rope_scaling of 3.1 and 3.2; 1: none
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
-    rope_original_context: int = 8192        # its original_max_position_embeddings
+    rope_original_max_position_embeddings: int = 8192
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -86,16 +80,15 @@ class Llama3Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not name.endswith(("_id", "_word_embeddings")) and not 0 < value < math.inf:
+            if type(value) is not bool and not name.endswith("_id") and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}: it must be positive")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                             f"num_key_value_heads {self.num_key_value_heads}")
+            raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide "
+                             f"num_attention_heads {self.num_attention_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs of channels")
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
-            raise ValueError(f"rope_high_freq_factor {self.rope_high_freq_factor} must be above "
-                             f"rope_low_freq_factor {self.rope_low_freq_factor}")
+            raise ValueError(f"rope_high_freq_factor {self.rope_high_freq_factor} is too low")
 
     @property
     def context(self) -> int:
@@ -104,53 +97,43 @@ class Llama3Config:
 
     @classmethod
     def sized(cls, layers: int, width: int, vocab_size: int, context: int) -> "Llama3Config":
-        """Llama 3 of this depth and width, in the proportions of 8B; small ones tied, as in 3.2.
-
-        Heads of 128 channels from 3B on, of about 64 below; four to each key/value head, or fewer
-        if they do not divide; an MLP 3.5 times as wide, in steps of 32.
-        """
+        """Llama 3 of this depth and width, in the proportions of 8B: heads of about 64 channels,
+        from 3B on of 128, up to four to each key/value head; small ones tied, as in 3.2."""
         heads = max(1, width // (128 if width >= 3072 else 64))
         shared = min(n for n in range(1, heads + 1) if heads % n == 0 and n >= heads / 4)
-        size = max(2, width // heads // 2 * 2)                          # even: rotated in pairs
-        return cls(vocab_size, context, width, layers, heads, shared, size,
-                   -(-7 * width // 64) * 32, tie_word_embeddings=width < 4096)
+        size = max(2, width // heads // 2 * 2)                          # even: RoPE has pairs
+        return cls(context, width, layers, heads, shared, size, -(-7 * width // 64) * 32,
+                   vocab_size, tie_word_embeddings=width < 4096)
 
 
-L8B = Llama3Config(bos_token_id=128000, eos_token_id=128001)
-L70B = replace(L8B, hidden_size=8192, num_hidden_layers=80, num_attention_heads=64,
-               intermediate_size=28672)
-LONG = dict(max_position_embeddings=131072, rope_factor=8.0)
-SMALL = dict(max_position_embeddings=131072, rope_factor=32.0, intermediate_size=8192,
-             tie_word_embeddings=True)
-SIZES = {
-    "llama3-8b": L8B,                                                           # 8,030,261,248
-    "llama3-70b": L70B,                                                         # 70,553,706,496
-    "llama3.1-8b": replace(L8B, **LONG),                                        # 8,030,261,248
-    "llama3.1-70b": replace(L70B, **LONG),                                      # 70,553,706,496
-    "llama3.1-405b": replace(L8B, hidden_size=16384, num_hidden_layers=126,
-                             num_attention_heads=128, intermediate_size=53248,
-                             **LONG),                                           # 405,853,388,800
-    "llama3.2-1b": replace(L8B, hidden_size=2048, num_hidden_layers=16, head_dim=64,
-                           **SMALL),                                            # 1,235,814,400
-    "llama3.2-3b": replace(L8B, hidden_size=3072, num_hidden_layers=28,
-                           num_attention_heads=24, **SMALL),                    # 3,212,749,824
+V3 = dict(bos_token_id=128000, eos_token_id=128001)
+V31 = dict(rope_factor=8.0, **V3)
+V32 = dict(rope_factor=32.0, tie_word_embeddings=True, **V3)
+SIZES = {                                # context, hidden_size, layers, H, K, D, intermediate_size
+    "llama3-8b": Llama3Config(8192, 4096, 32, 32, 8, 128, 14336, **V3),         # 8,030,261,248
+    "llama3-70b": Llama3Config(8192, 8192, 80, 64, 8, 128, 28672, **V3),        # 70,553,706,496
+    "llama3.1-8b": Llama3Config(131072, 4096, 32, 32, 8, 128, 14336, **V31),    # 8,030,261,248
+    "llama3.1-70b": Llama3Config(131072, 8192, 80, 64, 8, 128, 28672, **V31),   # 70,553,706,496
+    "llama3.1-405b": Llama3Config(131072, 16384, 126, 128, 8, 128, 53248, **V31),  # 405,853,388,800
+    "llama3.2-1b": Llama3Config(131072, 2048, 16, 32, 8, 64, 8192, **V32),      # 1,235,814,400
+    "llama3.2-3b": Llama3Config(131072, 3072, 28, 24, 8, 128, 8192, **V32),     # 3,212,749,824
 }
 
 
 def inverse_frequency(config: Llama3Config) -> Tensor:
-    """(D/2,) fp32, on the CPU: ω, the angle in radians by which each pair turns per position.
+    """ω: (D/2,) fp32, on the CPU, the angle in radians by which each pair turns per position.
 
-    With a rope_factor (llama-models model.py, apply_scaling): waves that fit into the original
-    context more than `high` times are kept, those that fit less than `low` times become `factor`
-    times longer, and between the two it is a blend.
+    With a rope_factor: waves that fit into the original context more than `high` times are kept,
+    those that fit less than `low` times become `factor` times longer, between them it is a blend.
     """
     even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     ω = 1.0 / config.rope_theta ** (even / config.head_dim)     # in fp32 as published: an ulp more
     if config.rope_factor == 1.0:                               # or less shows at position 1500
         return ω
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    wavelength = 2 * math.pi / ω                                                # in tokens
-    smooth = ((config.rope_original_context / wavelength - low) / (high - low)).clamp(0, 1)
+    wavelength = 2 * math.pi / ω                                        # in tokens
+    waves = config.rope_original_max_position_embeddings / wavelength
+    smooth = ((waves - low) / (high - low)).clamp(0, 1)
     return (1 - smooth) * ω / config.rope_factor + smooth * ω
 
 
@@ -160,17 +143,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / √(mean(x²) + ε) * weight, rounded before the weight, as Meta's is (torch's is not)."""
 
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
     def forward(self, x):
-        wide = x.float()                                                # a mean of squares
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        normed = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
         return normed.to(x.dtype) * self.weight
 
 
@@ -312,11 +289,8 @@ class Llama3(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Norms 1, the rest normal; residual projections scaled by 1/√(2 L).
-
-        Meta published no initialisation. This is GPT-2's (§2.3 of its paper), whose 0.02 is also
-        the initializer_range in the published config.json.
-        """
+        """GPT-2's (§2.3 of its paper), as Meta published none: norms 1, the rest normal, residual
+        projections scaled by 1/√(2 L)."""
         for name, parameter in self.named_parameters():
             if "norm" in name:
                 parameter.fill_(1.0)
@@ -460,21 +434,22 @@ class Llama3(nn.Module):
         """Read a checkpoint, folder or file, in any layout named on top; one copy in memory.
 
         dtype None keeps the stored one. overrides: config fields that the file states wrongly or,
-        as Meta's rope_factor and context, not at all. A damaged file raises what torch, safetensors
-        or json raise.
+        as Meta's max_position_embeddings and rope_factor, not at all.
         """
         path, shards = Path(path), meta_shards(Path(path))
-        config = read_params(shards) if shards else read_config(path)
+        folder = path if path.is_dir() else path.parent
+        file = shards[0].with_name("params.json") if shards else folder / "config.json"
+        stated = json.loads(file.read_text(encoding="utf-8"))
+        config = from_meta(shards, **stated) if shards else from_hugging_face(stated)
         config = replace(config, **overrides)
         tensors = join_shards(shards, config, device, dtype) if shards else read_tensors(path)
         weights = {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors
                    if not name.endswith("rotary_emb.inv_freq")}         # saved by old versions
         if config.tie_word_embeddings:
-            table = weights.get("model.embed_tokens.weight")
-            if not torch.equal(weights.get("lm_head.weight", table), table):
-                config = replace(config, tie_word_embeddings=False)     # a head of its own wins
-            else:
-                weights["lm_head.weight"] = table                       # one Parameter, two names
+            table = weights["model.embed_tokens.weight"]
+            head = weights.get("lm_head.weight", table)
+            config = replace(config, tie_word_embeddings=torch.equal(head, table))
+            weights["lm_head.weight"] = table if config.tie_word_embeddings else head
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -488,8 +463,11 @@ class Llama3(nn.Module):
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         if self.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
-        config = {"torch_dtype": str(self.lm_head.weight.dtype).removeprefix("torch."),
-                  **to_published(self.config)}
+        config = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu",
+                      torch_dtype=str(self.lm_head.weight.dtype).removeprefix("torch."),
+                      **asdict(self.config))
+        scaling = {"rope_type": "llama3", **{name: config.pop(f"rope_{name}") for name in SCALING}}
+        config["rope_scaling"] = scaling if self.config.rope_factor != 1 else None
         save_file(tensors, f"{weights}.part", {"format": "pt"})
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         os.replace(f"{weights}.part", weights)
@@ -561,117 +539,82 @@ def read_tensors(path: Path):
 # --- end of read_tensors ---
 
 
-ROPE = {"factor": "rope_factor", "low_freq_factor": "rope_low_freq_factor",
-        "high_freq_factor": "rope_high_freq_factor",
-        "original_max_position_embeddings": "rope_original_context"}    # in rope_scaling: our field
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def read_config(path: Path) -> Llama3Config:
-    """The config of a Hugging Face Llama, with rope_scaling or, since transformers 5, all of RoPE
-    in rope_parameters."""
-    path = path / "config.json" if path.is_dir() else path.with_name("config.json")
-    stated = json.loads(path.read_text(encoding="utf-8"))
-    stated |= {**(stated.get("rope_scaling") or {}), **(stated.get("rope_parameters") or {})}
-    stated = {name: value for name, value in stated.items() if value is not None}
-    stated.setdefault("rope_type", stated.get("type", "default"))
+def from_hugging_face(stated: dict) -> Llama3Config:
+    """Our config from a published config.json; rope_parameters is what transformers 5 writes."""
+    rope = stated.get("rope_parameters") or stated.get("rope_scaling") or {}
+    stated = {name: value for name, value in {**stated, **rope}.items() if value is not None}
+    stated.setdefault("rope_type", stated.get("type", "default"))       # type: the older name
     for name, *plain in (("model_type", "llama"), ("hidden_act", "silu"), ("attention_bias", False),
                          ("mlp_bias", False), ("partial_rotary_factor", 1.0),
                          ("quantization_config", None), ("rope_type", "default", "llama3")):
         if stated.get(name, plain[0]) not in plain:
-            raise ValueError(f"{path} has {name} = {stated[name]!r}: only {plain} is supported")
-    heads = stated["num_attention_heads"]
-    sizes = {"num_key_value_heads": heads, "head_dim": stated["hidden_size"] // heads,
-             "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-             "rope_theta": 10000.0}                                     # transformers' defaults
-    sizes |= {field.name: stated[field.name] for field in fields(Llama3Config)
-              if field.name in stated}
+            raise ValueError(f"{name} is {stated[name]!r}: only {plain} is supported")
+    sizes = {"num_key_value_heads": stated["num_attention_heads"],      # transformers' defaults
+             "head_dim": stated["hidden_size"] // stated["num_attention_heads"],
+             "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+    sizes |= {f.name: stated[f.name] for f in fields(Llama3Config) if f.name in stated}
     if stated["rope_type"] == "llama3":
-        sizes |= {field: stated[name] for name, field in ROPE.items()}
+        sizes |= {f"rope_{name}": stated[name] for name in SCALING}
     return Llama3Config(**sizes)
 
 
-def to_published(config: Llama3Config) -> dict:
-    """The config.json of a Hugging Face Llama."""
-    stated = asdict(config)
-    scaling = {name: stated.pop(field) for name, field in ROPE.items()}
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "attention_bias": False, "mlp_bias": False, **stated,
-            "rope_scaling": {**scaling, "rope_type": "llama3"} if config.rope_factor != 1 else None}
-
-
-META = {                       # Meta's name: ours, and the axis along which its shards divide it
-    "tok_embeddings": ("model.embed_tokens", 0),                        # by width before Llama 3
-    "attention_norm": ("input_layernorm", None),                        # None: each holds all
-    "attention.wq": ("self_attn.q_proj", 0),
-    "attention.wk": ("self_attn.k_proj", 0),
-    "attention.wv": ("self_attn.v_proj", 0),
-    "attention.wo": ("self_attn.o_proj", 1),
-    "ffn_norm": ("post_attention_layernorm", None),
-    "feed_forward.w1": ("mlp.gate_proj", 0),
-    "feed_forward.w2": ("mlp.down_proj", 1),
-    "feed_forward.w3": ("mlp.up_proj", 0),
-    "norm": ("model.norm", None),
-    "output": ("lm_head", 0),
+META = {    # Meta's name: ours, and the axis along which its shards divide it (None: each has all)
+    "tok_embeddings": ("model.embed_tokens", 0), "output": ("lm_head", 0),
+    "norm": ("model.norm", None), "attention_norm": ("input_layernorm", None),
+    "attention.wq": ("self_attn.q_proj", 0), "attention.wk": ("self_attn.k_proj", 0),
+    "attention.wv": ("self_attn.v_proj", 0), "attention.wo": ("self_attn.o_proj", 1),
+    "ffn_norm": ("post_attention_layernorm", None), "feed_forward.w1": ("mlp.gate_proj", 0),
+    "feed_forward.w2": ("mlp.down_proj", 1), "feed_forward.w3": ("mlp.up_proj", 0),
 }
 
 
 def meta_shards(path: Path) -> list[Path]:
     """The files consolidated.NN.pth of Meta's layout, in order; [] where another layout is."""
-    folder = path if path.is_dir() else path.parent
-    others = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    if path.suffix != ".pth" and (others or path.is_file()):
+    folder = path.parent if path.suffix == ".pth" else path
+    if any(path.glob("model*.safetensors*")) or any(path.glob("pytorch_model*")):
         return []
-    for place in (folder, *(folder / f"original{size}" for size in ("", "/mp8", "/mp16"))):
-        shards = sorted(place.glob("consolidated.*.pth"))
-        names = [file.name for file in shards]
-        if names != [f"consolidated.{n:02}.pth" for n in range(len(shards))]:
-            raise FileNotFoundError(f"{place} lacks shards: it has {names}")
-        if shards:
-            return shards
-    if (folder / "params.json").exists() and not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} has params.json, but no consolidated.00.pth")
+    for place in (folder, folder / "original", folder / "original/mp8", folder / "original/mp16"):
+        if (place / "params.json").exists() or (place / "consolidated.00.pth").exists():
+            files = (place / f"consolidated.{n:02}.pth" for n in itertools.count(1))
+            return [place / "consolidated.00.pth", *itertools.takewhile(Path.exists, files)]
     return []
 
 
-def read_params(shards: list[Path]) -> Llama3Config:
-    """The config in Meta's params.json; what it leaves out is in the shapes of the first shard."""
-    def config(dim, n_layers, n_heads, n_kv_heads=None, vocab_size=-1, norm_eps=1e-5,
-               rope_theta=None, use_scaled_rope=False, multiple_of=None, ffn_dim_multiplier=None):
-        llama2 = vocab_size == -1
-        vocab_size = rows["output"] if llama2 else vocab_size
-        if vocab_size != rows["output"]:
-            raise ValueError(f"{shards[0].parent} holds {rows['output']} rows of a vocabulary of "
-                             f"{vocab_size}: is one missing of its {len(shards)} shards?")
-        return Llama3Config(
-            vocab_size, 131072 if use_scaled_rope else 8192, dim, n_layers, n_heads,
-            n_kv_heads or n_heads,           # 405B in 16 shards says 16: each of its 8 twice
-            dim // n_heads, rows["layers.0.feed_forward.w1"], norm_eps,
-            rope_theta or (10000.0 if llama2 else 500000.0),            # the official defaults
-            (32.0 if dim in (2048, 3072) else 8.0) if use_scaled_rope else 1.0,     # 3.2 or 3.1
-            tie_word_embeddings=True,        # Meta does not say: from_pretrained compares
-            bos_token_id=128000 if vocab_size == 128256 else None,
-            eos_token_id=128001 if vocab_size == 128256 else None)
-    rows = {name.removesuffix(".weight"): len(tensor) * len(shards)
-            for name, tensor in read_tensors(shards[0])}
-    return config(**json.loads(shards[0].with_name("params.json").read_text(encoding="utf-8")))
+def from_meta(shards, dim, n_layers, n_heads, n_kv_heads=None, vocab_size=-1, norm_eps=1e-5,
+              rope_theta=None, use_scaled_rope=False, multiple_of=None, ffn_dim_multiplier=None):
+    """Our config from the fields of params.json, and from shapes where it does not tell."""
+    rows = {name: len(tensor) * len(shards) for name, tensor in read_tensors(shards[0])}
+    V, llama2 = rows["output.weight"], vocab_size == -1
+    if vocab_size != V and not llama2:
+        raise ValueError(f"{V} rows of a vocabulary of {vocab_size}: is one of the shards missing?")
+    return Llama3Config(
+        131072 if use_scaled_rope else 8192, dim, n_layers, n_heads,
+        n_kv_heads or n_heads,               # 405B in 16 shards says 16: each of its 8 twice
+        dim // n_heads, rows["layers.0.feed_forward.w1.weight"], V, norm_eps,
+        rope_theta or (10000.0 if llama2 else 500000.0),                # the official defaults
+        (32.0 if dim in (2048, 3072) else 8.0) if use_scaled_rope else 1.0,         # 3.2 or 3.1
+        tie_word_embeddings=True,            # Meta does not say: from_pretrained compares
+        **(V3 if V == 128256 else {}))
 
 
 def join_shards(shards: list[Path], config: Llama3Config, device: str, dtype: torch.dtype | None):
     """Yield (our name, our tensor) from all of Meta's shards, of which one at a time is mapped."""
-    whole, count = {}, len(shards)
-    names = {name for name, _ in read_tensors(shards[0])} - {"rope.freqs"}
+    whole, count, D = {}, len(shards), config.head_dim
+    names = {name for name, _ in read_tensors(shards[0])}
     for rank, shard in enumerate(shards):
         pieces = dict(read_tensors(shard))
+        if pieces.keys() != names:           # else a part of some tensor would never be written
+            raise ValueError(f"{shard} and {shards[0].name} differ in {names ^ pieces.keys()}")
         pieces.pop("rope.freqs", None)       # a table that Llama 1 and 2 stored
-        if names != set(pieces):             # else a part of some tensor would never be written
-            raise ValueError(f"{shard} and {shards[0].name} differ in {names ^ set(pieces)}")
         for name, piece in pieces.items():
             layer, inner = re.fullmatch(r"(layers\.\d+\.|)(.*?)(?:\.weight)?", name).groups()
             ours, axis = META[inner]
             ours = f"model.{layer}{ours}.weight" if layer else f"{ours}.weight"
-            if inner in ("attention.wq", "attention.wk"):
-                pairs = piece.unflatten(0, (-1, config.head_dim // 2, 2))   # (H or K, D/2, 2, C)
-                piece = pairs.transpose(1, 2).flatten(0, 2)     # its pairs (2j, 2j + 1) to ours
+            if inner in ("attention.wq", "attention.wk"):               # its pairs are (2j, 2j + 1)
+                piece = piece.unflatten(0, (-1, D // 2, 2)).transpose(1, 2).flatten(0, 2)
             if count == 1:
                 yield ours, piece
                 continue
@@ -681,7 +624,7 @@ def join_shards(shards: list[Path], config: Llama3Config, device: str, dtype: to
                 shape = [n * count if i == axis else n for i, n in enumerate(piece.shape)]
                 whole[ours] = torch.empty(shape, dtype=dtype or piece.dtype, device=device)
             part = whole[ours] if axis is None else whole[ours].chunk(count, axis)[rank]
-            if part.shape != piece.shape:
+            if part.shape != piece.shape:    # copy_ would broadcast
                 raise ValueError(f"{name} of {shard} does not fit {shards[0].name}")
             part.copy_(piece)
     yield from whole.items()

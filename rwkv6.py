@@ -9,28 +9,27 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
     logits = ln_out(x) W_head
 
     time_mix(x), with x' the vector of the token before:
-        s_k = maa_k + tanh((x + maa_x (x' - x)) W1) W2  share of x', from the token; s_v ... too
-        k = (x + s_k (x' - x)) W_k;  v, r, g likewise, each with a share of its own
-        w = -exp(decay + tanh(x_w D1) D2)               x_w: x and x' mixed by s_w
-        y_t = r_t (S + diag(u) k_tᵀ v_t)                per head of D channels, its S is (D, D)
-        S <- diag(e^w_t) S + k_tᵀ v_t
-        return (norm(y) silu(g)) W_o                    LayerNorm of each head, the heads joined
-    channel_mix(x), with k and r of fixed shares:
-        return σ(r) (relu(k)² W_v)
+        m_w, m_k, m_v, m_r, m_g = tanh((x + maa_x (x' - x)) maa_w1) maa_w2      low-rank, five parts
+        x_k = x + (maa_k + m_k) (x' - x)                        likewise x_w, x_v, x_r, x_g
+        w = -exp(decay + tanh(x_w decay_w1) decay_w2)           log of the decay
+        r, k, v = x_r W_receptance, x_k W_key, x_v W_value      split into H heads of D channels
+        y_t = r_t (S + diag(u) k_tᵀ v_t);  S <- diag(e^w_t) S + k_tᵀ v_t        S: (D, D), from 0
+        return (ln_x(y) silu(x_g W_gate)) W_output              ln_x: each head normed by itself
+    channel_mix(x), with x_k, x_r = x + maa_k (x' - x), x + maa_r (x' - x):
+        return σ(x_r W_receptance) (relu(x_k W_key)² W_value)
 
-It is trained in parallel like a Transformer and runs as an RNN. What is different from GPT-2:
+The code has the published names: time_maa_k for maa_k and so on, time_faaaa for u. The model is
+trained in parallel like a Transformer and runs as an RNN. What is different from GPT-2:
 
-* no attention: each head sums up its past in a matrix S of keys by values, and a token reads it by
-  its query r. No positions, no limit to the context, and a token costs the same after ten tokens as
-  after a million;
-* how much of each row of S is kept, e^w_t, is computed from the token, for each channel of the key;
-* what a matrix reads is a mix of this token's vector and the one before ("token shift"), in time
+* no attention: each head sums up its past in a matrix S of keys by values, which the query r reads.
+  No positions, no limit to the context, and the millionth token costs what the tenth did;
+* how much is kept of each row of S, e^w of a channel of the key, is computed from the token;
+* "token shift": what a matrix reads is a mix of this token's vector and the one before, in time
   mixing by shares that are computed from the token too;
 * the MLP is a squared ReLU behind a gate; the only biases are those of norms;
 * the embedding is normed at once, and the head is a matrix of its own.
 
     B batch   T time   C channels (n_embd)   H heads   D head size   L layers   V vocabulary
-    n blocks of h tokens each, where a sequence is computed in parallel
 
 References: Peng et al. 2024, "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic
 Recurrence"; BlinkDL/RWKV-LM@524481d RWKV-v5/src/model.py (x060); BlinkDL/ChatRWKV@965e40b
@@ -58,7 +57,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHUNK = 64                                   # tokens whose weights on each other are one matrix
+CHUNK = 64                                   # tokens that read each other by one matrix
 
 
 @dataclass(frozen=True)
@@ -69,29 +68,23 @@ class RWKV6Config:
     n_layer: int = 24
     head_size: int = 64
     dim_ffn: int = 7168
-    mix_lora: int = 32                       # rank of W1 W2, which make the shares
-    decay_lora: int = 64                     # rank of D1 D2, which make the decay
+    mix_lora: int = 32                       # rank of maa_w1 and maa_w2, which make the shares
+    decay_lora: int = 64                     # rank of decay_w1 and decay_w2
     group_norm_eps: float = 64e-5            # 1e-5 * head_size_divisor ** 2, which is 8
     tuned_state: bool = False                # has att.time_state: a trained S to begin with
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    context = None                           # the longest sequence, in tokens: there is no limit
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_embd", "n_layer", "head_size", "dim_ffn", "mix_lora",
-                     "decay_lora"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name, value in vars(self).items():
+            if name.endswith(("_size", "_embd", "_layer", "_ffn", "_lora")) and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
         if self.n_embd % self.head_size:
-            raise ValueError(f"n_embd {self.n_embd} is not a multiple of head_size "
-                             f"{self.head_size}")
+            raise ValueError(f"head_size {self.head_size} does not divide n_embd {self.n_embd}")
         if not 0 <= self.group_norm_eps < 1:
             raise ValueError(f"group_norm_eps is {self.group_norm_eps}: it must be in [0, 1)")
-
-    @property
-    def context(self) -> None:
-        """The longest sequence that the model can process, in tokens: there is no limit."""
-        return None
 
     @classmethod
     def sized(cls, layers: int, width: int, vocab_size: int, context: int) -> "RWKV6Config":
@@ -103,12 +96,11 @@ class RWKV6Config:
                    decay_lora=min(2 * rank, max(1, width // 2)))
 
 
-WORLD = dict(eos_token_id=0)
 SIZES = {
-    "1.6b": RWKV6Config(**WORLD),                                               # 1,599,873,024
-    "3b": RWKV6Config(65536, 2560, 32, 64, 8960, **WORLD),                      # 3,099,863,040
-    "7b": RWKV6Config(65536, 4096, 32, 64, 14336, 64, 128, **WORLD),            # 7,635,746,816
-    "14b": RWKV6Config(65536, 4096, 61, 64, 14336, 64, 128, **WORLD),           # 14,069,088,256
+    "1.6b": RWKV6Config(eos_token_id=0),                                        # 1,599,873,024
+    "3b": RWKV6Config(65536, 2560, 32, 64, 8960, eos_token_id=0),               # 3,099,863,040
+    "7b": RWKV6Config(65536, 4096, 32, 64, 14336, 64, 128, eos_token_id=0),     # 7,635,746,816
+    "14b": RWKV6Config(65536, 4096, 61, 64, 14336, 64, 128, eos_token_id=0),    # 14,069,088,256
 }
 
 
@@ -126,13 +118,13 @@ def previous(x: Tensor, last: Tensor | None) -> Tensor:
 
 
 def wkv6_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
-              S: Tensor) -> tuple[Tensor, Tensor]:
-    """What time mixing computes, token by token. It defines `wkv6`.
+              S0: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence of time mixing, token by token. It defines what `wkv6` computes.
 
     r, k, v, w: (B, H, T, D), w <= 0 the log of the decay; u: (H, D), bonus of the current token;
-    S: (B, H, D, D), key by value, to begin with. Returns y: (B, H, T, D) and the last S.
+    S0: (B, H, D, D), key by value, to begin with. Returns y: (B, H, T, D) and the last S.
     """
-    y = []
+    y, S = [], S0
     for t in range(r.shape[2]):
         new = k[:, :, t, :, None] * v[:, :, t, None, :]                 # (B, H, D, D)
         y.append(r[:, :, t, None, :] @ (S + u[..., None] * new))        # (B, H, 1, D)
@@ -140,33 +132,37 @@ def wkv6_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
     return torch.cat(y, 2), S
 
 
-def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """`wkv6_loop` as matrix products, in fp32 (or fp64) as in all official kernels: bf16 would lose
-    what a long memory adds up."""
+def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
+         S0: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as `wkv6_loop` by matrix products, in fp32 (or fp64) like all official kernels: in
+    bf16, what a long memory adds up would be lost."""
     dtype = torch.promote_types(r.dtype, torch.float32)
-    operands = (x.to(dtype) for x in (r, k, v, w, u, S))
-    device = "cpu" if r.is_meta else r.device.type                      # "meta" has no autocast
-    with torch.autocast(device, enabled=False):
-        return wkv6_chunks(*operands) if r.shape[2] > 1 else wkv6_loop(*operands)
+    r, k, v, w, u, S = (x.to(dtype) for x in (r, k, v, w, u, S0))
+    with torch.autocast("cpu" if r.is_meta else r.device.type, enabled=False):  # "meta" has none
+        if r.shape[2] > 1:
+            return wkv6_chunks(r, k, v, w, u, S)
+        new = k.mT @ v                                                  # (B, H, D, D)
+        return r @ (S + u[..., None] * new), w.exp().mT * S + new
 
 
 def wkv6_chunks(r, k, v, w, u, S):
     """`wkv6` for any T. Tokens of one chunk read each other by a matrix A, the rest through S.
 
-    A[t, s] = (r_t e^(w_s+1 + ... + w_t-1)) k_sᵀ below the diagonal. Blocks are joined in pairs:
+    A[t, s] is the weight of token s in y_t. It begins as the diagonal, with the bonus; then blocks
+    of h tokens are joined in pairs to blocks of 2 h. A digit is the step that fills the place:
 
-        A               A  .            A  .  .  .      a dot is 0; r1 carries the decay since
-          A             A' A            A' A  .  .      its block began, k0 that until its block
-            A     ->          A  .  ->  A" A" A  .      ends, so that A' = r1 k0ᵀ has the decay
-              A               A' A      A" A" A' A      from the earlier token to the later one
+        0 . . .         0 . . .         0 . . .         r1 k0ᵀ: the later block reads the earlier.
+        . 0 . .         1 0 . .         1 0 . .         r carries the decay since its block began,
+        . . 0 .   ->    . . 0 .   ->    2 2 0 .         k that until its block ends: together, all
+        . . . 0         . . 1 0         2 2 1 0         the decay between the two tokens.
 
-    All factors are <= 1, so nothing overflows, however strong the decay. (It would with one product
-    for the chunk, of r_t e^(w_1 + ... + w_t) and k_s e^-(w_1 + ... + w_s).)
+    All factors are <= 1, so nothing overflows, however strong the decay. (In one product for the
+    whole chunk, r_t e^(w_1 + ... + w_t-1) times k_s e^-(w_1 + ... + w_s), the second does.)
     """
     T = r.shape[2]
-    size = CHUNK if T >= CHUNK else 1 << (T - 1).bit_length()
+    size = CHUNK if T >= CHUNK else 1 << (T - 1).bit_length()           # a power of 2
     r, k, v, w = (F.pad(x, (0, 0, 0, -T % size)) for x in (r, k, v, w))     # zeros leave S alone
-    A = (r * u[:, None] * k).sum(-1)[..., None, None]                   # (B, H, n, h, h), h = 1
+    A = (r * u[:, None] * k).sum(-1)[..., None, None]       # (B, H, n, h, h): n blocks of h = 1
     r, k, decay = (x[..., None, :] for x in (r, k, w.exp()))            # (B, H, n, h, D)
     while A.shape[-1] < size:
         (A0, A1), (r0, r1), (k0, k1), (decay0, decay1) = (
@@ -196,21 +192,21 @@ class TimeMix(nn.Module):
 
     def __init__(self, config: RWKV6Config):
         super().__init__()
-        C, D = config.n_embd, config.head_size
-        self.heads = H = C // D
-        self.time_maa_x = nn.Parameter(torch.empty(1, 1, C))            # maa: 1 - mix, the share
-        self.time_maa_w = nn.Parameter(torch.empty(1, 1, C))            # of the previous token
+        C, H, D = config.n_embd, config.n_embd // config.head_size, config.head_size
+        self.heads = H
+        self.time_maa_x = nn.Parameter(torch.empty(1, 1, C))            # shares of the token before
+        self.time_maa_w = nn.Parameter(torch.empty(1, 1, C))
         self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))
         self.time_maa_v = nn.Parameter(torch.empty(1, 1, C))
         self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))
         self.time_maa_g = nn.Parameter(torch.empty(1, 1, C))
-        self.time_maa_w1 = nn.Parameter(torch.empty(C, 5 * config.mix_lora))    # W1, for all five
-        self.time_maa_w2 = nn.Parameter(torch.empty(5, config.mix_lora, C))     # W2
-        self.time_decay = nn.Parameter(torch.empty(1, 1, C))            # log(-w), to which D1 D2
-        self.time_decay_w1 = nn.Parameter(torch.empty(C, config.decay_lora))    # add what the
-        self.time_decay_w2 = nn.Parameter(torch.empty(config.decay_lora, C))    # token says
+        self.time_maa_w1 = nn.Parameter(torch.empty(C, 5 * config.mix_lora))    # (w, k, v, r, g)
+        self.time_maa_w2 = nn.Parameter(torch.empty(5, config.mix_lora, C))
+        self.time_decay = nn.Parameter(torch.empty(1, 1, C))            # log(-w)
+        self.time_decay_w1 = nn.Parameter(torch.empty(C, config.decay_lora))
+        self.time_decay_w2 = nn.Parameter(torch.empty(config.decay_lora, C))
         self.time_faaaa = nn.Parameter(torch.empty(H, D))               # u: bonus of this token
-        self.time_state = nn.Parameter(torch.empty(H, D, D)) if config.tuned_state else None
+        self.time_state = nn.Parameter(torch.zeros(H, D, D)) if config.tuned_state else None
         self.receptance = nn.Linear(C, C, bias=False)
         self.key = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(C, C, bias=False)
@@ -229,15 +225,16 @@ class TimeMix(nn.Module):
         gap = previous(x, last) - x                                     # (B, T, C)
         low = torch.tanh((x + gap * self.time_maa_x) @ self.time_maa_w1)    # (B, T, 5m)
         low = low.unflatten(-1, (5, -1)).permute(2, 0, 1, 3).flatten(1, 2)  # (5, BT, m)
-        w, k, v, r, g = (low @ self.time_maa_w2).unflatten(1, x.shape[:2])  # shares, (B, T, C)
-        w = x + gap * (self.time_maa_w + w)
-        k = self.key(x + gap * (self.time_maa_k + k))
-        v = self.value(x + gap * (self.time_maa_v + v))
-        r = self.receptance(x + gap * (self.time_maa_r + r))
-        g = F.silu(self.gate(x + gap * (self.time_maa_g + g)))
-        rate = torch.tanh(w @ self.time_decay_w1) @ self.time_decay_w2
+        mw, mk, mv, mr, mg = (low @ self.time_maa_w2).unflatten(1, x.shape[:2])     # (B, T, C)
+        xw = x + gap * (self.time_maa_w + mw)
+        r = self.receptance(x + gap * (self.time_maa_r + mr))
+        k = self.key(x + gap * (self.time_maa_k + mk))
+        v = self.value(x + gap * (self.time_maa_v + mv))
+        g = F.silu(self.gate(x + gap * (self.time_maa_g + mg)))
+        rate = torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
         w = -torch.exp(self.time_decay.float() + rate.float())          # 0.999 is 1 in bf16
-        r, k, v, w = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (r, k, v, w))
+        r, k, v, w = (z.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
+                      for z in (r, k, v, w))
         if S is None:
             y, _ = wkv6(r, k, v, w, self.time_faaaa, self.first_state(len(x)))
         else:                                # S is overwritten: autograd has to keep a copy
@@ -252,8 +249,8 @@ class ChannelMix(nn.Module):
     def __init__(self, config: RWKV6Config):
         super().__init__()
         C = config.n_embd
-        self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))            # shares of the
-        self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))            # previous token
+        self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))            # shares of the token before
+        self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))
         self.key = nn.Linear(C, config.dim_ffn, bias=False)
         self.receptance = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(config.dim_ffn, C, bias=False)
@@ -275,8 +272,7 @@ class Block(nn.Module):
         self.att = TimeMix(config)
         self.ffn = ChannelMix(config)
 
-    def forward(self, x, memory):
-        att_x, ffn_x, wkv = memory or (None, None, None)
+    def forward(self, x, att_x=None, ffn_x=None, wkv=None):
         x = self.ln0(x)
         x = x + self.att(self.ln1(x), att_x, wkv)
         return x + self.ffn(self.ln2(x), ffn_x)
@@ -288,11 +284,7 @@ class State(NamedTuple):
     att_x: Tensor                            # (B, L, C): the last input of time mixing
     ffn_x: Tensor                            # (B, L, C): the last input of channel mixing
     wkv: Tensor                              # (B, L, H, D, D): S, key by value
-
-    @property
-    def capacity(self) -> float:
-        """The number of tokens that fit: any."""
-        return math.inf
+    capacity = math.inf                      # the number of tokens that fit
 
 
 class RWKV6(nn.Module):
@@ -332,8 +324,6 @@ class RWKV6(nn.Module):
                     (ffn.time_maa_k, 1 - (h / C) ** ((1 - i / L) ** 3)),
                     (ffn.time_maa_r, 1 - (h / C) ** ((1 - i / L) ** 3))):
                 parameter.copy_(value)
-            if att.time_state is not None:
-                att.time_state.zero_()
             for zero in (att.time_maa_w1, att.time_decay_w1, att.output.weight, ffn.value.weight,
                          ffn.receptance.weight):
                 zero.zero_()
@@ -352,8 +342,8 @@ class RWKV6(nn.Module):
             raise ValueError(f"{len(tokens)} rows of tokens, but a state of {len(state.position)}")
         x = self.emb(tokens)                                            # (B, T, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, None if state is None else
-                      (state.att_x[:, i], state.ffn_x[:, i], state.wkv[:, i]))
+            past = () if state is None else (state.att_x[:, i], state.ffn_x[:, i], state.wkv[:, i])
+            x = block(x, *past)
         if state is not None:
             state.position.add_(tokens.shape[1])
         return self.ln_out(x)
@@ -367,17 +357,17 @@ class RWKV6(nn.Module):
         hidden = self.hidden(tokens, state)
         return self.head(hidden[:, -1:] if last else hidden)
 
+    @torch.no_grad()
     def new_state(self, batch_size: int, max_tokens: int | None = None) -> State:
         """An empty state for `batch_size` rows; `max_tokens` is not used: there is no limit."""
         c, like = self.config, self.emb.weight
         last = like.new_zeros(batch_size, c.n_layer, c.n_embd, dtype=torch.float32)
         wkv = torch.stack([block.att.first_state(batch_size) for block in self.blocks], 1)
-        return State(like.new_zeros(batch_size, dtype=torch.int64), last, last.clone(),
-                     wkv.detach())
+        return State(like.new_zeros(batch_size, dtype=torch.int64), last, last.clone(), wkv)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay (and a tuned
-        state), not the LoRAs.
+        """Every parameter once, in groups for torch.optim.AdamW. As the authors have it, matrices
+        (not the LoRAs) and a tuned state decay, and time_decay learns twice as fast.
 
         Two keys are for train.py, AdamW ignores them: `lr_scale`, the authors' factor of the
         learning rate, and `hidden_matrix`, true for the 2-D matrices inside the blocks.
@@ -497,8 +487,7 @@ class RWKV6(nn.Module):
         config = {"architectures": ["RWKV6"], "model_type": "rwkv6", "tie_word_embeddings": False,
                   "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
                   **asdict(self.config)}
-        torch.save({name: tensor.contiguous() for name, tensor in self.state_dict().items()},
-                   f"{weights}.part")
+        torch.save(dict(self.state_dict()), f"{weights}.part")
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         os.replace(f"{weights}.part", weights)
         os.replace(f"{stated}.part", stated)
@@ -541,8 +530,10 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 def read_pth(path: Path) -> tuple[RWKV6Config, dict[str, Tensor]]:
     """(config, tensors) of a .pth, or of the one in a folder. config.json beside it is optional."""
     files = sorted(path.glob("*.pth")) if path.is_dir() else [path]
-    if len(files) != 1:
-        raise ValueError(f"{path} holds {[file.name for file in files]}: pass the path of one .pth")
+    if not files:
+        raise FileNotFoundError(f"{path} holds no .pth")
+    if len(files) > 1:
+        raise ValueError(f"{path} holds {', '.join(file.name for file in files)}: pass one of them")
     tensors = torch.load(files[0], map_location="cpu", weights_only=True,
                          mmap=zipfile.is_zipfile(files[0]))             # no zip before torch 1.6
     tensors = {name.removeprefix("_forward_module."): tensor                # DeepSpeed's prefix
@@ -552,10 +543,10 @@ def read_pth(path: Path) -> tuple[RWKV6Config, dict[str, Tensor]]:
     if stated.get("model_type", "rwkv6") != "rwkv6":
         raise ValueError(f"{path} has model_type {stated['model_type']!r}, not 'rwkv6'")
     V, C = tensors["emb.weight"].shape
-    bonus = tensors["blocks.0.att.time_faaaa"].squeeze()                # (H, D)
-    sizes = dict(vocab_size=V, n_embd=C, dim_ffn=len(tensors["blocks.0.ffn.key.weight"]),
-                 n_layer=len({name.split(".")[1] for name in tensors if name[:7] == "blocks."}),
-                 head_size=bonus.shape[-1],
+    layers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    sizes = dict(vocab_size=V, n_embd=C, n_layer=len(layers),
+                 dim_ffn=len(tensors["blocks.0.ffn.key.weight"]),
+                 head_size=tensors["blocks.0.att.time_faaaa"].squeeze().shape[-1],
                  mix_lora=tensors["blocks.0.att.time_maa_w1"].shape[1] // 5,
                  decay_lora=tensors["blocks.0.att.time_decay_w1"].shape[1],
                  tuned_state="blocks.0.att.time_state" in tensors)

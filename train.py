@@ -162,8 +162,10 @@ def add_flag(parser: Parser, spec: dataclasses.Field) -> None:
         shape = {"choices": about["choices"], "metavar": "|".join(about["choices"])}
     elif kinds[0] in (int, float):
         shape = {"type": number(kinds[0], **limits), "metavar": kinds[0].__name__.upper()}
-    default = "" if spec.default in (None, False, dataclasses.MISSING) else f" ({spec.default})"
-    parser.add_argument(*names, dest=spec.name, help=about["help"] + default, **shape)
+    left_out = spec.default is None or spec.default is False or spec.default is dataclasses.MISSING
+    default = "" if left_out else f" ({spec.default})"
+    only = f"{about['task']}: " if "task" in about else ""
+    parser.add_argument(*names, dest=spec.name, help=only + about["help"] + default, **shape)
 
 
 def parse_settings(kind: type, argv: list[str], description: str):
@@ -628,7 +630,8 @@ class Pace:
     """
 
     def __init__(self, settings: Settings, run: Run, step: int):
-        self.minutes, self.run, self.first = settings.minutes, run, step
+        self.minutes = getattr(settings, "minutes", None)               # finetune.py has none
+        self.run, self.first = run, step
         self.steps = settings.steps or step + 1000
         self.begun = self.saved = time.time()
         self.left, self.save_every = 0.0, 60 * settings.save_minutes

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from gpt import GPT, GPTConfig                                          # noqa: E402
-from rwkv6 import CHUNK, RWKV6, RWKV6Config, wkv6                       # noqa: E402
+from rwkv6 import CHUNK, RWKV6, RWKV6Config, wkv6, wkv6_loop            # noqa: E402
 
 
 def race(contestants, repeats, device):
@@ -39,16 +39,6 @@ def race(contestants, repeats, device):
 
 
 # --- the operator ---
-
-def loop(r, k, v, w, u, S):
-    """The recurrence, one token after the other, as the official code computes it without CUDA."""
-    y, decay = [], w.exp()
-    for t in range(r.shape[2]):
-        new = k[:, :, t, :, None] @ v[:, :, t, None]                    # (B, H, D, D)
-        y.append(r[:, :, t, None] @ (S + u[:, :, None] * new))
-        S = decay[:, :, t, :, None] * S + new
-    return torch.cat(y, 2), S
-
 
 def attention(r, k, v, w, u, S):
     return F.scaled_dot_product_attention(r, k, v, is_causal=True), S
@@ -102,7 +92,7 @@ def operator_table(B, H, T, D, device, dtype, repeats):
         error = (theirs(*inputs)[0].float() - wkv6(*inputs)[0]).abs().max()
         print(f"largest difference between theirs and ours: {error:.2g}")
     took = race(contestants, repeats, device)
-    slow = race({"attention": both(attention), "token loop": both(loop)}, 3, device)
+    slow = race({"attention": both(attention), "token loop": both(wkv6_loop)}, 3, device)
     took["token loop"] = slow["token loop"] / slow["attention"] * took["attention"]
 
     flops, rate = peaks(device)

@@ -68,16 +68,12 @@ class RWKV4Config:
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    context = None                           # the longest sequence, in tokens: there is no limit
 
     def __post_init__(self):
         for name in ("vocab_size", "n_embd", "n_layer", "dim_ffn"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-
-    @property
-    def context(self) -> None:
-        """The longest sequence that the model can process, in tokens: there is no limit."""
-        return None
 
     @classmethod
     def sized(cls, layers: int, width: int, vocab_size: int, context: int) -> "RWKV4Config":
@@ -85,19 +81,18 @@ class RWKV4Config:
         return cls(vocab_size, width, layers, dim_ffn=4 * width)
 
 
-END = dict(eos_token_id=0)                   # in both vocabularies, Pile and World
-SIZES = {
-    "169m": RWKV4Config(**END),                                                 # 169,342,464
-    "430m": RWKV4Config(50277, 1024, 24, 4096, **END),                          # 430,397,440
-    "1.5b": RWKV4Config(50277, 2048, 24, 8192, **END),                          # 1,515,106,304
-    "3b": RWKV4Config(50277, 2560, 32, 10240, **END),                           # 2,984,627,200
-    "7b": RWKV4Config(50277, 4096, 32, 16384, **END),                           # 7,392,649,216
-    "14b": RWKV4Config(50277, 5120, 40, 20480, **END),                          # 14,148,597,760
-    "world-0.1b": RWKV4Config(65536, 768, 12, 3072, **END),                     # 192,780,288
-    "world-0.4b": RWKV4Config(65536, 1024, 24, 4096, **END),                    # 461,647,872
-    "world-1.5b": RWKV4Config(65536, 2048, 24, 8192, **END),                    # 1,577,607,168
-    "world-3b": RWKV4Config(65536, 2560, 32, 10240, **END),                     # 3,062,753,280
-    "world-7b": RWKV4Config(65536, 4096, 32, 16384, **END),                     # 7,517,650,944
+SIZES = {                                    # 0 ends a text in both vocabularies, Pile and World
+    "169m": RWKV4Config(eos_token_id=0),                                        # 169,342,464
+    "430m": RWKV4Config(50277, 1024, 24, 4096, eos_token_id=0),                 # 430,397,440
+    "1.5b": RWKV4Config(50277, 2048, 24, 8192, eos_token_id=0),                 # 1,515,106,304
+    "3b": RWKV4Config(50277, 2560, 32, 10240, eos_token_id=0),                  # 2,984,627,200
+    "7b": RWKV4Config(50277, 4096, 32, 16384, eos_token_id=0),                  # 7,392,649,216
+    "14b": RWKV4Config(50277, 5120, 40, 20480, eos_token_id=0),                 # 14,148,597,760
+    "world-0.1b": RWKV4Config(65536, 768, 12, 3072, eos_token_id=0),            # 192,780,288
+    "world-0.4b": RWKV4Config(65536, 1024, 24, 4096, eos_token_id=0),           # 461,647,872
+    "world-1.5b": RWKV4Config(65536, 2048, 24, 8192, eos_token_id=0),           # 1,577,607,168
+    "world-3b": RWKV4Config(65536, 2560, 32, 10240, eos_token_id=0),            # 3,062,753,280
+    "world-7b": RWKV4Config(65536, 4096, 32, 16384, eos_token_id=0),            # 7,517,650,944
 }
 
 
@@ -243,8 +238,7 @@ class Block(nn.Module):
         self.att = TimeMix(config)
         self.ffn = ChannelMix(config)
 
-    def forward(self, x, memory):
-        att_x, ffn_x, wkv = memory or (None, None, None)
+    def forward(self, x, att_x=None, ffn_x=None, wkv=None):
         x = self.ln0(x)
         x = x + self.att(self.ln1(x), att_x, wkv)
         return x + self.ffn(self.ln2(x), ffn_x)
@@ -256,11 +250,7 @@ class State(NamedTuple):
     att_x: Tensor                            # (B, L, C): the last input of time mixing
     ffn_x: Tensor                            # (B, L, C): the last input of channel mixing
     wkv: Tensor                              # (B, L, 3, C): p, q, o of `wkv4_loop`
-
-    @property
-    def capacity(self) -> float:
-        """The number of tokens that fit: any."""
-        return math.inf
+    capacity = math.inf                      # the number of tokens that fit
 
 
 class RWKV4(nn.Module):
@@ -312,8 +302,8 @@ class RWKV4(nn.Module):
             raise ValueError(f"{len(tokens)} rows of tokens, but a state of {len(state.position)}")
         x = self.emb(tokens)                                            # (B, T, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, None if state is None else
-                      (state.att_x[:, i], state.ffn_x[:, i], state.wkv[:, i]))
+            past = () if state is None else (state.att_x[:, i], state.ffn_x[:, i], state.wkv[:, i])
+            x = block(x, *past)
         if state is not None:
             state.position.add_(tokens.shape[1])
         return self.ln_out(x)
@@ -453,8 +443,7 @@ class RWKV4(nn.Module):
         config = {"architectures": ["RWKV4"], "model_type": "rwkv4", "tie_word_embeddings": False,
                   "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
                   **asdict(self.config)}
-        torch.save({name: tensor.contiguous() for name, tensor in self.state_dict().items()},
-                   f"{weights}.part")
+        torch.save(dict(self.state_dict()), f"{weights}.part")
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         os.replace(f"{weights}.part", weights)
         os.replace(f"{stated}.part", stated)
@@ -510,8 +499,9 @@ def read_pth(path: Path) -> tuple[RWKV4Config, dict[str, Tensor]]:
     V, C = tensors["emb.weight"].shape
     if tensors["blocks.0.att.time_decay"].shape == (C, 1):              # (C,) in RWKV-4
         raise ValueError(f"{path} is an RWKV-3: it has the same names, but time_decay is (C, 1)")
-    sizes = dict(vocab_size=V, n_embd=C, dim_ffn=len(tensors["blocks.0.ffn.key.weight"]),
-                 n_layer=len({name.split(".")[1] for name in tensors if name[:7] == "blocks."}))
+    layers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    sizes = dict(vocab_size=V, n_embd=C, n_layer=len(layers),
+                 dim_ffn=len(tensors["blocks.0.ffn.key.weight"]))
     known = {field.name: stated[field.name] for field in fields(RWKV4Config)
              if stated.get(field.name) is not None}
     return RWKV4Config(**{**known, **sizes}), tensors                   # shapes do not lie

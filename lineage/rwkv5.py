@@ -10,9 +10,9 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
 
     time_mix(x), with x' the vector of the token before:
         k = (mix_k x + (1 - mix_k) x') W_k;  v, r, g likewise, each with a mix of its own
-        y_t = r_t (S + diag(u) k_tᵀ v_t)                per head of D channels, its S is (D, D)
+        y_t = r_t (S + diag(u) k_tᵀ v_t)                per head of D channels; S: (D, D), from 0
         S <- diag(e^w) S + k_tᵀ v_t                     w = -e^time_decay
-        return (norm(y) silu(g)) W_o                    LayerNorm of each head, the heads joined
+        return (ln_x(y) silu(g)) W_o                    ln_x: each head normed by itself
     channel_mix(x), k and r as above:
         return σ(r) (relu(k)² W_v)
 
@@ -58,7 +58,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHUNK = 64                                   # tokens whose weights on each other are one matrix
+CHUNK = 64                                   # tokens that read each other by one matrix
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class RWKV5Config:
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    context = None                           # the longest sequence, in tokens: there is no limit
 
     def __post_init__(self):
         for name in ("vocab_size", "n_embd", "n_layer", "head_size", "dim_ffn"):
@@ -86,11 +87,6 @@ class RWKV5Config:
         if self.version not in ("5.0", "5.1", "5.2"):
             raise ValueError(f"version is {self.version!r}: it must be '5.0', '5.1' or '5.2'")
 
-    @property
-    def context(self) -> None:
-        """The longest sequence that the model can process, in tokens: there is no limit."""
-        return None
-
     @classmethod
     def sized(cls, layers: int, width: int, vocab_size: int, context: int) -> "RWKV5Config":
         """RWKV-5.2 of this depth and width: heads of up to 64 channels; `context` is not used."""
@@ -98,13 +94,12 @@ class RWKV5Config:
         return cls(vocab_size, width, layers, head_size, max(32, int(3.5 * width) // 32 * 32))
 
 
-WORLD = dict(eos_token_id=0)
 SIZES = {
-    "0.1b": RWKV5Config(65536, 768, 12, 64, 3072, "5.0", **WORLD),              # 192,780,576
-    "0.4b": RWKV5Config(**WORLD),                                               # 461,721,600
-    "1.5b": RWKV5Config(65536, 2048, 24, 64, 7168, **WORLD),                    # 1,577,754,624
-    "3b": RWKV5Config(65536, 2560, 32, 64, 8960, **WORLD),                      # 3,062,999,040
-    "7b": RWKV5Config(65536, 4096, 32, 64, 14336, **WORLD),                     # 7,518,044,160
+    "0.1b": RWKV5Config(65536, 768, 12, 64, 3072, "5.0", eos_token_id=0),       # 192,780,576
+    "0.4b": RWKV5Config(eos_token_id=0),                                        # 461,721,600
+    "1.5b": RWKV5Config(65536, 2048, 24, 64, 7168, eos_token_id=0),             # 1,577,754,624
+    "3b": RWKV5Config(65536, 2560, 32, 64, 8960, eos_token_id=0),               # 3,062,999,040
+    "7b": RWKV5Config(65536, 4096, 32, 64, 14336, eos_token_id=0),              # 7,518,044,160
 }
 
 
@@ -138,13 +133,15 @@ def wkv5_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
 
 def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
          S0: Tensor) -> tuple[Tensor, Tensor]:
-    """`wkv5_loop` as matrix products, in fp32 (or fp64) as in all official kernels: bf16 would lose
-    what a long memory adds up."""
+    """The same as `wkv5_loop` by matrix products, in fp32 (or fp64) like all official kernels: in
+    bf16, what a long memory adds up would be lost."""
     dtype = torch.promote_types(r.dtype, torch.float32)
-    operands = (x.to(dtype) for x in (r, k, v, w, u, S0))
-    device = "cpu" if r.is_meta else r.device.type                      # "meta" has no autocast
-    with torch.autocast(device, enabled=False):
-        return wkv5_chunks(*operands) if r.shape[2] > 1 else wkv5_loop(*operands)
+    r, k, v, w, u, S = (x.to(dtype) for x in (r, k, v, w, u, S0))
+    with torch.autocast("cpu" if r.is_meta else r.device.type, enabled=False):  # "meta" has none
+        if r.shape[2] > 1:
+            return wkv5_chunks(r, k, v, w, u, S)
+        new = k.mT @ v                                                  # (B, H, D, D)
+        return r @ (S + u[..., None] * new), w.exp()[..., None] * S + new
 
 
 def wkv5_chunks(r, k, v, w, u, S):
@@ -173,7 +170,8 @@ def wkv5_chunks(r, k, v, w, u, S):
         A = torch.cat([F.pad(A0, (0, A.shape[-1])), torch.cat([r1 @ k0.mT, A1], -1)], -2)
         r, k = torch.cat([r0, decay * r1], -2), torch.cat([decay * k0, k1], -2)
     v = v.unflatten(2, (-1, size))                                      # (B, H, n, h, D)
-    before, kept = [], (size * w[:, 0]).exp().mT                        # S as each chunk begins
+    kept = (size * w[:, 0]).exp().mT                                    # of S, (H, D, 1), by chunk
+    before = []                                                         # S as each chunk begins
     for new in (k.mT @ v).unbind(2):                                    # (B, H, D, D)
         before.append(S)
         S = kept * S + new
@@ -263,8 +261,7 @@ class Block(nn.Module):
         self.att = TimeMix(config)
         self.ffn = ChannelMix(config)
 
-    def forward(self, x, memory):
-        att_x, ffn_x, wkv = memory or (None, None, None)
+    def forward(self, x, att_x=None, ffn_x=None, wkv=None):
         x = self.ln0(x)
         x = x + self.att(self.ln1(x), att_x, wkv)
         return x + self.ffn(self.ln2(x), ffn_x)
@@ -276,11 +273,7 @@ class State(NamedTuple):
     att_x: Tensor                            # (B, L, C): the last input of time mixing
     ffn_x: Tensor                            # (B, L, C): the last input of channel mixing
     wkv: Tensor                              # (B, L, H, D, D): S, key by value
-
-    @property
-    def capacity(self) -> float:
-        """The number of tokens that fit: any."""
-        return math.inf
+    capacity = math.inf                      # the number of tokens that fit
 
 
 class RWKV5(nn.Module):
@@ -340,8 +333,8 @@ class RWKV5(nn.Module):
             raise ValueError(f"{len(tokens)} rows of tokens, but a state of {len(state.position)}")
         x = self.emb(tokens)                                            # (B, T, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, None if state is None else
-                      (state.att_x[:, i], state.ffn_x[:, i], state.wkv[:, i]))
+            past = () if state is None else (state.att_x[:, i], state.ffn_x[:, i], state.wkv[:, i])
+            x = block(x, *past)
         if state is not None:
             state.position.add_(tokens.shape[1])
         return self.ln_out(x)
@@ -482,8 +475,7 @@ class RWKV5(nn.Module):
         config = {"architectures": ["RWKV5"], "model_type": "rwkv5", "tie_word_embeddings": False,
                   "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
                   **asdict(self.config)}
-        torch.save({name: tensor.contiguous() for name, tensor in self.state_dict().items()},
-                   f"{weights}.part")
+        torch.save(dict(self.state_dict()), f"{weights}.part")
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         os.replace(f"{weights}.part", weights)
         os.replace(f"{stated}.part", stated)
@@ -539,8 +531,9 @@ def read_pth(path: Path) -> tuple[RWKV5Config, dict[str, Tensor]]:
     V, C = tensors["emb.weight"].shape
     decay = tensors["blocks.0.att.time_decay"]                          # (H, D) in 5.2, else (H,)
     gated = "blocks.0.att.gate.weight" in tensors
-    sizes = dict(vocab_size=V, n_embd=C, dim_ffn=len(tensors["blocks.0.ffn.key.weight"]),
-                 n_layer=len({name.split(".")[1] for name in tensors if name[:7] == "blocks."}),
+    layers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    sizes = dict(vocab_size=V, n_embd=C, n_layer=len(layers),
+                 dim_ffn=len(tensors["blocks.0.ffn.key.weight"]),
                  head_size=C // len(decay),
                  version="5.0" if not gated else "5.1" if decay.dim() == 1 else "5.2")
     known = {field.name: stated[field.name] for field in fields(RWKV5Config)

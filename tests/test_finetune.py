@@ -15,6 +15,7 @@ from helpers import ROOT, assert_close
 from torch import nn
 from torch.nn import functional as F
 
+import checkpoints
 import finetune
 import tokenizer as text
 import train
@@ -29,7 +30,7 @@ QUICK = ["--device", "cpu", "--dtype", "float32", "--micro-batch", "64", "--samp
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Drawing a curve takes longer than these runs."""
-    monkeypatch.setattr(train, "draw_log", lambda out: None)
+    monkeypatch.setattr(checkpoints, "draw_log", lambda out: None)
 
 
 def tiny(name, seed=0, layers=1):
@@ -83,10 +84,11 @@ def refused(capsys, *arguments):
     return lines[0]
 
 
-class Table:
+class Table(nn.Module):
     """A model whose logits for the next id are a table's row of the last one."""
 
     def __init__(self, table):
+        super().__init__()
         self.table, self.config = torch.tensor(table).log(), type("Config", (), {"vocab_size": len(table)})
 
     def hidden(self, tokens):
@@ -112,7 +114,7 @@ def test_log_probs_in_pieces_equal_those_at_once(monkeypatch):
     batch = {"tokens": torch.randint(257, (3, 20)), "targets": torch.randint(257, (3, 20))}
     batch["targets"][0, 3:7] = -100
     whole = finetune.log_probs(model, batch)
-    model.config = type("Config", (), {"vocab_size": 1 << 23, "context": 96, "tie_word_embeddings": True})  # pieces of 8
+    model.config = finetune.dataclasses.replace(model.config, vocab_size=1 << 23)          # pieces of 8
     pieces = finetune.log_probs(model, batch)
     assert_close(pieces, whole, 1e-6)
     pieces.sum().backward()
@@ -127,13 +129,13 @@ def test_the_dpo_loss_equals_hand_worked_values():
 
 
 def test_the_dpo_margin_equals_a_hand_worked_one():
-    task = finetune.DPO(finetune.Settings(beta=0.5), ALONE, text.Bytes(), tiny("gpt"))
-    model = Table([[0.5, 0.25, 0.25], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]])
+    task = finetune.DPO(finetune.Settings(beta=0.5), ALONE, text.Bytes(), tiny("gpt"), {})
+    task.model = Table([[0.5, 0.25, 0.25], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]])
     batch = {"tokens": torch.tensor([[0, 1], [0, 2]]), "targets": torch.tensor([[1, 1], [2, 0]]),
              "reference": torch.tensor([0.7])}
     chosen, rejected = 0.25 * 0.6, 0.25 * 0.2
-    assert task.margins(model, batch).item() == pytest.approx(0.5 * (math.log(chosen / rejected) - 0.7))
-    loss, count = task.loss(model, batch)
+    assert task.margins(batch).item() == pytest.approx(0.5 * (math.log(chosen / rejected) - 0.7))
+    loss, count = task(batch)
     assert count == 1 and loss.item() == pytest.approx(
         math.log(1 + math.exp(-0.5 * (math.log(3) - 0.7))))
 
@@ -260,7 +262,7 @@ def test_the_forms_of_rows_are_read_alike(tokenizer):
 
 
 def test_a_question_at_the_end_of_a_conversation_is_left_out(tokenizer):
-    task = finetune.SFT(finetune.Settings(context=999), ALONE, tokenizer, tiny("gpt"))
+    task = finetune.SFT(finetune.Settings(context=999), ALONE, tokenizer, tiny("gpt"), {})
     whole = conversation("Why?", "So.", "And?")
     example = task.example({"messages": whole})
     assert example["messages"] == whole[:2] and example["rows"] == [finetune.sequence(tokenizer, whole[:2], 999)]
@@ -329,6 +331,16 @@ def test_default_data_are_read_from_sources_without_importing_them(monkeypatch):
     assert "antigravity" not in sys.modules and set(sys.modules) == before
 
 
+def test_a_form_feed_does_not_shift_the_lines_of_a_source(tmp_path, monkeypatch):
+    """str.splitlines ends a line there, ast does not."""
+    half = b"def half(x):\r\n    y = x / 2\r\n    return y\r\n"
+    (tmp_path / "a.py").write_bytes(b"\x0c\n" + half + b"\x0c\ndef none():\n    pass\n")
+    (tmp_path / "b.py").write_bytes(b"# coding: latin-1\ndef \xe9(): '\xe9t\xe9'\n")
+    monkeypatch.setattr(train, "standard_library", lambda: [(n, tmp_path / n) for n in ("a.py", "b.py")])
+    assert finetune.header_rows() == [{"prompt": "def half(x):\n"}]
+    assert finetune.question_rows() == [{"instruction": "What does `b.é` do?", "output": "été"}]
+
+
 # --- padding ---
 
 @pytest.mark.parametrize("name", MODELS)
@@ -340,11 +352,11 @@ def test_a_padded_batch_equals_its_rows_one_by_one(name):
         examples.append({"rows": [(ids[:-1], [-100] * 2 + ids[3:])]})
     assert finetune.collate(examples, 96)["tokens"].shape == (4, 32)
     assert finetune.collate(examples, 31)["tokens"].shape == (4, 31)
-    task = finetune.SFT(finetune.Settings(), ALONE, text.Bytes(), model)
+    task = finetune.SFT(finetune.Settings(), ALONE, text.Bytes(), model, {})
 
     def gradient(batches):
         model.zero_grad()
-        sums = [task.loss(model, finetune.collate(batch, 96)) for batch in batches]
+        sums = [task(finetune.collate(batch, 96)) for batch in batches]
         sum(nats for nats, _ in sums).backward()
         count = sum(int(count) for _, count in sums)
         return [count, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
@@ -352,28 +364,34 @@ def test_a_padded_batch_equals_its_rows_one_by_one(name):
     assert together[0] == alone[0] == 1 + 15 + 28 + 9
     scale = max(g.abs().max().item() for g in alone[1:])
     assert all((a - b).abs().max() < 2e-5 * scale for a, b in zip(together[1:], alone[1:]))
-    head = finetune.Classifier(model, ["a", "b", "c"])
-    batch = finetune.collate(examples, 96)
-    logits = head(batch["tokens"], batch["length"])
+    task = finetune.Classify(finetune.Settings(), ALONE, text.Bytes(), model, {"labels": ["a", "b", "c"]})
+    logits = task.logits(finetune.collate(examples, 96))
     for i, example in enumerate(examples):
-        batch = finetune.collate([example], 96)
-        assert_close(logits[i:i + 1], head(batch["tokens"], batch["length"]), 1e-4, "label of a padded row")
+        alone = task.logits(finetune.collate([example], 96))
+        assert_close(logits[i:i + 1], alone, 1e-4, "label of a padded row")
+
+
+class Gradients(torch.optim.Optimizer):
+    """Takes no step, but keeps the gradients that it would take."""
+
+    def step(self):
+        self.seen = [p.grad.clone() for p in self.param_groups[0]["params"]]
 
 
 def test_accumulated_unequal_lengths_give_the_gradient_of_one_batch():
-    """Through train.py's own loop over micro-batches, which divides once by the number of targets."""
+    """Through train.py's own step, which divides once by the number of targets."""
     tokenizer, found = text.Bytes(), []
     tokenizer.chat_format = "alpaca"
     for rows_at_once in (1, 8):
-        settings = finetune.Settings(context=256, batch=8, micro_batch=rows_at_once, tokens_per_step=100)
-        task = finetune.SFT(settings, ALONE, tokenizer, tiny("gpt"))
-        task.train = task.prepare([{"prompt": "a" * n, "completion": "b" * n**2} for n in range(1, 9)])
-        batches = task.batches()(0)
+        settings = finetune.Settings(context=256, batch=8, micro_batch=rows_at_once)
+        task = finetune.SFT(settings, ALONE, tokenizer, tiny("gpt"), {})
+        examples = task.prepare([{"prompt": "a" * n, "completion": "b" * n**2} for n in range(1, 9)])
+        batches = finetune.Batches(examples, settings, ALONE)(0)
         assert len(batches) > 2 if rows_at_once == 1 else len(batches) == 1, len(batches)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        mean, count = train.gradients(settings, ALONE, task.net, batches, task.loss, scaler)
+        optimizer, scaler = Gradients(task.parameters(), {"lr_scale": 1.0}), torch.amp.GradScaler("cpu", enabled=False)
+        mean, _, count = train.training_step(ALONE, task, optimizer, scaler, batches, 0.0, 1e9, 100)
         assert count == sum(n**2 + 1 for n in range(1, 9))
-        found.append((mean, [p.grad.clone() for p in task.net.parameters()]))
+        found.append((mean, optimizer.seen))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     scale = max(g.abs().max() for g in found[1][1])
     assert all((a - b).abs().max() < 2e-5 * scale for a, b in zip(found[0][1], found[1][1]))
@@ -417,8 +435,7 @@ def test_lora_changes_nothing_at_first_and_merges_to_the_same(name, tmp_path):
     expected = model(tokens)
     assert (expected - plain(tokens)).abs().max() > 0.01 * expected.abs().max()
     assert_close(finetune.merged(model)(tokens), expected, 2e-5, "merged")
-    with finetune.without_adapters(model):
-        assert torch.equal(model(tokens), plain(tokens))
+    assert torch.equal(finetune.merged(model, strength=0)(tokens), plain(tokens))
     assert torch.equal(model(tokens), expected)
     finetune.save_adapter(model, finetune.Settings(lora=3, lora_alpha=6.0, init_from="base"), tmp_path)
     again = tiny(name, layers=2)
@@ -504,7 +521,7 @@ def toy_data(task, folder):
 MEASURE = {"sft": "val_loss", "classify": "val_loss", "dpo": "margin", "grpo": "reward"}
 
 
-@pytest.mark.parametrize("task", finetune.TASKS)
+@pytest.mark.parametrize("task", finetune.RECIPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_tiny_run_improves_its_measure_by_more_than_twice_the_spread(name, task, base, tmp_path):
     data, sign = toy_data(task, tmp_path), -1 if MEASURE[task] == "val_loss" else 1
@@ -514,7 +531,7 @@ def test_a_tiny_run_improves_its_measure_by_more_than_twice_the_spread(name, tas
     assert gain > 2 * (max(lasts) - min(lasts)) and gain > 0, (firsts, lasts)
 
 
-@pytest.mark.parametrize("task", finetune.TASKS)
+@pytest.mark.parametrize("task", finetune.RECIPES)
 def test_adapters_learn_every_task_and_merge(task, base, tmp_path, monkeypatch, capsys):
     data, sign = toy_data(task, tmp_path), -1 if MEASURE[task] == "val_loss" else 1
     out = start(task, base("rwkv6"), tmp_path / "run", *data, "--lora", 4, "--lr", 0.05)
@@ -534,23 +551,23 @@ def test_adapters_learn_every_task_and_merge(task, base, tmp_path, monkeypatch, 
 
 # --- a run ---
 
-@pytest.mark.parametrize("task, more", [*((task, []) for task in finetune.TASKS), ("sft", ["--lora", 2, "--merge"]),
+@pytest.mark.parametrize("task, more", [*((task, []) for task in finetune.RECIPES), ("sft", ["--lora", 2, "--merge"]),
                                         ("grpo", ["--lora", 2, "--merge"])])
 def test_a_run_that_was_cut_goes_on_to_the_same_bits(task, more, base, tmp_path, monkeypatch):
     """Cut after the third step: with two steps a round, in the middle of a round of grpo."""
     data = [*toy_data(task, tmp_path), "--steps", 6, *more, *(["--updates", 2] if task == "grpo" else [])]
     whole = start(task, base("gpt"), tmp_path / "whole", *data)
-    save, at = train.save_resume, []
+    save, at = finetune.save_resume, []
 
-    def cut(state, *more):
-        save(state, *more)
+    def cut(*more, **state):
+        save(*more, **state)
         at.append(state["step"])
         if state["step"] == 3:
             raise KeyboardInterrupt
-    monkeypatch.setattr(train, "save_resume", cut)
+    monkeypatch.setattr(finetune, "save_resume", cut)
     with pytest.raises(SystemExit):
         start(task, base("gpt"), tmp_path / "cut", *data, "--save-minutes", 0)
-    monkeypatch.setattr(train, "save_resume", save)
+    monkeypatch.setattr(finetune, "save_resume", save)
     shutil.move(base("gpt"), tmp_path / "moved")                        # resume.pt is complete in itself
     try:
         finetune.main(["--resume", str(tmp_path / "cut"), "--sample-every", "1"])
@@ -558,6 +575,33 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(task, more, base, tmp_path,
         shutil.move(tmp_path / "moved", base("gpt"))
     assert at == [1, 2, 3] and (tmp_path / "cut" / "model.safetensors").read_bytes() == (
         whole / "model.safetensors").read_bytes()
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run_and_the_last_good_one_is_saved(base, tmp_path, monkeypatch, capsys):
+    loss, calls = finetune.sft_loss, []
+
+    def broken(log_probs):
+        calls.append(torch.is_grad_enabled())
+        return loss(log_probs) * (math.inf if sum(calls) > 3 else 1.0)
+    monkeypatch.setattr(finetune, "sft_loss", broken)
+    with pytest.raises(SystemExit) as stopped:
+        start("sft", base("gpt"), tmp_path / "run", *toy_data("sft", tmp_path), "--steps", 30)
+    assert stopped.value.code == 2 and "step 3 is saved" in capsys.readouterr().err
+    _, saved = checkpoints.load_resume(tmp_path / "run")
+    assert saved["step"] == 3 and all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+def test_a_process_without_an_example_adds_nothing_to_a_measure(monkeypatch):
+    monkeypatch.setattr(train.Run, "sum", lambda run, *numbers: list(numbers))
+    found = []
+    for rank in range(3):
+        run, settings = train.Run(torch.device("cpu"), torch.float32, rank, 3), finetune.Settings(context=256, micro_batch=4)
+        tokenizer = text.Bytes()
+        tokenizer.chat_format = "alpaca"
+        task = finetune.SFT(settings, run, tokenizer, tiny("gpt"), {})
+        examples = task.prepare([{"prompt": "a", "completion": word} for word in ("b", "bcd")])
+        found.append(task.total(lambda batch: torch.stack(task(batch)), examples)[1])
+    assert found == [2, 4, 0]
 
 
 def test_two_processes_learn_what_one_learns(base, tmp_path):
@@ -591,7 +635,7 @@ def test_a_run_directory_opens_in_the_format_that_was_learnt(base, tmp_path):
         assert train.load_checkpoint(out).config.vocab_size == 257
         ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
         assert ends == (None if stated == "world" else [256])           # transformers stops there, too
-        assert {"settings.json", "generation_config.json", "resume.pt", "log.jsonl"} <= {p.name for p in out.iterdir()}
+        assert {"settings.json", "generation_config.json", "resume", "log.jsonl"} <= {p.name for p in out.iterdir()}
 
 
 def test_predict_labels_new_text_with_the_saved_head(base, tmp_path, capsys):
@@ -607,7 +651,7 @@ def test_predict_labels_new_text_with_the_saved_head(base, tmp_path, capsys):
 
 
 def test_accuracy_f1_and_baseline_equal_hand_worked_values():
-    task = finetune.Classify(finetune.Settings(), ALONE, text.Bytes(), tiny("gpt"), ["a", "b"])
+    task = finetune.Classify(finetune.Settings(), ALONE, text.Bytes(), tiny("gpt"), {"labels": ["a", "b"]})
     found = task.summary([4.0, 3, 1, 2, 4])                              # loss; true a: 3 1, true b: 2 4
     f1 = (2 * 3 / (4 + 5) + 2 * 4 / (6 + 5)) / 2
     assert list(found.values()) == pytest.approx([0.4, 0.7, f1, 0.6])
@@ -615,8 +659,8 @@ def test_accuracy_f1_and_baseline_equal_hand_worked_values():
 
 def test_only_the_last_block_the_last_norm_and_the_head_learn(base):
     for name in MODELS:
-        task = finetune.Classify(finetune.Settings(tune="last"), ALONE, text.Bytes(), tiny(name, layers=2), ["a", "b"])
-        learn = {n for n, p in task.net.named_parameters() if p.requires_grad}
+        task = finetune.Classify(finetune.Settings(tune="last"), ALONE, text.Bytes(), tiny(name, layers=2), {"labels": ["a", "b"]})
+        learn = {n for n, p in task.named_parameters() if p.requires_grad}
         blocks = {n for n in learn if ".1." in n}
         assert len(learn - blocks) in (3, 4) and {"head.weight", "head.bias"} < learn and not [
             n for n in learn if ".0." in n or "emb" in n or "wte" in n or "wpe" in n]
@@ -625,9 +669,9 @@ def test_only_the_last_block_the_last_norm_and_the_head_learn(base):
 def test_completions_keep_their_stop_id_and_the_probability_they_were_drawn_with(base):
     model, tokenizer = tiny("rwkv6"), text.Bytes()
     settings = finetune.Settings(task="grpo", context=96, max_new_tokens=30, group=16, micro_batch=64, data=["x"])
-    task = finetune.GRPO(settings, ALONE, tokenizer, model)
+    task = finetune.GRPO(settings, ALONE, tokenizer, model, {})
     task.stop |= set(range(100, 140))
-    task.score, task.config = lambda prompt, texts, ended: [float(e) for e in ended], model.config
+    task.score = lambda prompt, texts, ended: [float(e) for e in ended]
     example = task.example({"prompt": "abc"})
     [batch] = task.rollouts([example], 0)
     drawn = [[id for id in row if id != -100] for row in batch["targets"].tolist()]
@@ -672,6 +716,27 @@ def test_a_reward_is_executed_and_says_so(base, tmp_path, capsys):
     assert f"EXECUTES {tmp_path / 'reward.py'}" in capsys.readouterr().out
 
 
+# --- settings ---
+
+def test_flags_have_the_names_that_people_type_first():
+    settings, _ = train.parse_settings(finetune.Settings, ["--batch-size", "4", "--learning_rate=0.1", "--max-iters", "7"], "")
+    assert (settings.batch, settings.lr, settings.steps) == (4, 0.1, 7)
+
+
+def test_help_says_which_task_a_flag_belongs_to(capsys):
+    with pytest.raises(SystemExit):
+        finetune.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--beta FLOAT dpo: what leaving the start costs (0.1)" in shown
+    assert "--group INT grpo: completions of each prompt (8)" in shown
+
+
+def test_settings_json_repeats_a_run_to_the_same_bits(base, tmp_path):
+    first = start("sft", base("gpt"), tmp_path / "first", *toy_data("sft", tmp_path), "--steps", 2, "--lora", 2, "--merge")
+    finetune.main(["--settings", str(first / "settings.json"), "--out", str(tmp_path / "again")])
+    assert (first / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+
+
 # --- mistakes ---
 
 def test_a_mistake_is_one_line_that_says_what_to_do(base, tmp_path, capsys):
@@ -681,9 +746,10 @@ def test_a_mistake_is_one_line_that_says_what_to_do(base, tmp_path, capsys):
     def sft(*more):
         return refused(capsys, "--task", "sft", "--init-from", base("gpt"), *QUICK, *more)
     assert "--init-from" in refused(capsys, "--task", "sft")
-    assert "choose from sft, classify, dpo, grpo" in refused(capsys, "--task", "rl")
-    assert "--layers is a flag of train.py" in sft("--layers", 2)
+    assert "choose from sft, classify, dpo, grpo" in refused(capsys, "--task", "rl").replace("'", "")
+    assert "unknown flag --layers" in refused(capsys, "--task", "sft", "--layers", 2)
     assert "did you mean --lora" in refused(capsys, "--task", "sft", "--lorra", 2)
+    assert "--steps and --epochs" in sft("--steps", 2, "--epochs", 1)
     assert "missing" in refused(capsys, "--task", "sft", "--init-from", tmp_path / "missing")
     assert "no such file" in sft("--data", tmp_path / "none.jsonl")
     assert "bad.jsonl cannot be read" in sft("--data", files(b'{"a": 1}\n{"a"'))

@@ -171,6 +171,22 @@ def test_chunks_are_exact_in_fp32_for_any_decay(T):
     assert_close(S, S2, 1e-6, "S")
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_chunks_from_a_state_equal_the_loop_in_values_and_gradients(monkeypatch, chunk):
+    """A state that matters enters a sequence of several chunks, and its gradient comes back."""
+    monkeypatch.setattr(rwkv6, "CHUNK", chunk)
+    ours, theirs = ([x.requires_grad_() for x in operands(150, -8.0, -3.0)] for _ in range(2))
+    (y, S), (y2, S2) = wkv6(*ours), wkv6_loop(*theirs)
+    assert_close(y, y2, 1e-13, "y")
+    assert_close(S, S2, 1e-13, "S")
+    assert (wkv6(*ours[:5], torch.zeros_like(S))[0] - y).abs().max() > 0.01 * y.abs().max()
+    (y.tanh().sum() + S.tanh().sum()).backward()
+    (y2.tanh().sum() + S2.tanh().sum()).backward()
+    for name, a, b in zip(("r", "k", "v", "w", "u", "S0"), ours, theirs):
+        assert b.grad.abs().max() > 0, name
+        assert_close(a.grad, b.grad, 1e-12, f"gradient of {name}")
+
+
 def test_constant_extreme_decays_have_finite_gradients():
     for rate in (0.0, 1e-30, 1e-4, 13.5, 100.0, 1e4, 1e30):
         r, k, v, w, u, S = (x.float() for x in operands(130))
@@ -225,7 +241,7 @@ def test_parallel_equals_recurrent_and_any_pieces(monkeypatch):
         assert_close(model(tokens), whole, 1e-5, "chunks of 8")
 
 
-def test_gradients_of_the_model_equal_those_of_the_wkv6_loop(monkeypatch):
+def test_gradients_of_the_model_equal_those_of_the_loop(monkeypatch):
     model, tokens = small().double(), torch.randint(61, (2, 70), generator=torch.Generator().manual_seed(0))
     grads = []
     for operator in (wkv6, wkv6_loop):
@@ -410,7 +426,13 @@ def test_parameter_groups_are_the_authors_and_complete():
     model = small(tuned_state=True)
     groups = model.parameter_groups(0.3)
     names = {id(p): name for name, p in model.named_parameters()}
-    found = {names[id(p)]: (group["lr_scale"], group["weight_decay"] == 0.3) for group in groups for p in group["params"]}
+    found = {names[id(p)]: (group["lr_scale"], group["weight_decay"] == 0.3)
+             for group in groups for p in group["params"]}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+    hidden = {names[id(p)] for group in groups if group["hidden_matrix"] for p in group["params"]}
+    assert hidden == {f"blocks.{i}.{name}.weight" for i in range(2) for name in (
+        "att.receptance", "att.key", "att.value", "att.gate", "att.output", "ffn.key", "ffn.receptance",
+        "ffn.value")}
     assert sum(len(group["params"]) for group in groups) == len(names) == len(found)
     for name, group in found.items():                            # RWKV-LM src/model.py, first match wins
         shape = [n for n in model.get_parameter(name).shape if n != 1]
@@ -512,6 +534,19 @@ def test_overrides_change_the_config_and_unknown_ones_are_refused(golden):
     for field, value in (("n_embd", "8"), ("dim_ffn", 1.5), ("decay_lora", "x")):
         with pytest.raises(ValueError, match=field):
             load_checkpoint(path, **{field: value})
+    with pytest.raises(ValueError):
+        load_checkpoint(path, decay_lora=None)
+
+
+def test_config_json_tells_what_shapes_do_not_and_shapes_win(model, golden, tmp_path):
+    """Also one from before config.json named every size, and one with fields that are not ours."""
+    shutil.copy(golden / "rwkv6/weights.pth", tmp_path / "model.pth")
+    for stated in (dict(group_norm_eps=1e-3, bos_token_id=None, eos_token_id=[0, 3], pad_token_id=1),
+                   dict(group_norm_eps=1e-3, eos_token_id=[0, 3], pad_token_id=1, n_layer=7,
+                        head_size=1, tuned_state=True, ctx_len=1024, model_type="rwkv6")):
+        (tmp_path / "config.json").write_text(json.dumps(stated))
+        assert RWKV6.from_pretrained(tmp_path).config == replace(
+            model.config, group_norm_eps=1e-3, eos_token_id=[0, 3], pad_token_id=1)
 
 
 def test_several_models_in_a_folder_are_an_error_that_names_them(golden, tmp_path):
@@ -521,6 +556,9 @@ def test_several_models_in_a_folder_are_an_error_that_names_them(golden, tmp_pat
         with pytest.raises(ValueError, match=r"rwkv-10\.pth.*rwkv-2\.pth"):
             load(tmp_path)
     assert load_checkpoint(tmp_path / "rwkv-2.pth").config.n_layer
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty"):
+        RWKV6.from_pretrained(tmp_path / "empty")
 
 
 def test_a_file_from_before_zip_archives_loads(golden, tmp_path):
@@ -546,6 +584,19 @@ def test_other_models_are_refused_by_what_they_are(tmp_path, names, words):
     with pytest.raises(ValueError, match=words) as caught:
         load_checkpoint(tmp_path / "model.pth")
     assert "\n" not in str(caught.value)
+
+
+def test_no_other_model_loads_silently(golden, tmp_path):
+    """Without load_checkpoint there is no name for it, but an error all the same."""
+    for name in ("rwkv2", "rwkv3", "rwkv4", "rwkv5"):
+        with pytest.raises((KeyError, RuntimeError)):
+            RWKV6.from_pretrained(golden / name)
+    stored = torch.load(golden / "rwkv6/weights.pth", weights_only=True)
+    for name in ("blocks.0.att.time_maa_rkvw_w1", "blocks.0.att.gate_w1", "head_q.weight",
+                 "blocks.0.tiny_q.weight", "blocks.0.ffnPre.key.weight", "blocks.0.pos_emb_x"):
+        torch.save({**stored, name: torch.zeros(4)}, tmp_path / "model.pth")
+        with pytest.raises(RuntimeError, match=name):
+            RWKV6.from_pretrained(tmp_path / "model.pth")
 
 
 def damaged(golden, folder, kind):
@@ -613,7 +664,7 @@ def test_random_damage_to_a_file_raises_nothing_else(golden, tmp_path):
             assert "\n" not in str(error)
 
 
-# --- the file alone, and its command ---
+# --- the file alone ---
 
 def test_the_file_alone_builds_trains_saves_loads_and_generates(root, tmp_path):
     shutil.copy(root / "rwkv6.py", tmp_path)

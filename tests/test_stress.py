@@ -53,7 +53,7 @@ def test_a_run_that_is_killed_forty_times_ends_in_the_same_bits(tmp_path):
                    stdout=subprocess.DEVNULL)
     dice, out, reached = random.Random(2), tmp_path / "run", Counter()
     for kill in range(41):
-        arguments = ["--resume", str(out)] if (out / "resume.pt").exists() else [*begin, str(out)]
+        arguments = ["--resume", str(out)] if (out / "resume/resume.pt").exists() else [*begin, str(out)]
         if "--resume" not in arguments and out.exists():                # killed before its first save
             for file in out.iterdir():
                 file.unlink()
@@ -141,9 +141,9 @@ def test_a_damaged_run_is_refused_in_one_line(tmp_path):
     out = tmp_path / "run"
     with contextlib.redirect_stdout(io.StringIO()):
         train.main([*SMALL, "--steps", "1", "--data", str(tmp_path / "data.txt"), "--out", str(out)])
-    dice, counts, whole = random.Random(6), Counter(), (out / "resume.pt").read_bytes()
+    dice, counts, whole = random.Random(6), Counter(), (out / "resume/resume.pt").read_bytes()
     for _ in range(400):
-        (out / "resume.pt").write_bytes(damaged(whole, dice))
+        (out / "resume/resume.pt").write_bytes(damaged(whole, dice))
         opened(lambda: train.load_resume(out), counts)
     print(f"\n{dict(counts)}")
     assert counts["refused"] > 100
@@ -160,7 +160,7 @@ def test_damaged_examples_are_read_or_refused_in_one_line(name, content, tmp_pat
     def read():
         for row in finetune.read_rows([tmp_path / name]):
             if name == "a.csv":
-                finetune.strings(row, "text")
+                finetune.string(row, "text")
             else:
                 finetune.sequence(tokenizer, finetune.conversation(row), 64, row["where"])
     for _ in range(4000):
