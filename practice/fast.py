@@ -193,7 +193,9 @@ def accelerate(model: nn.Module, weights: str | None = None, fast: str = "auto")
     if fast != "off" and device != "cpu":
         why = f"other operators are for CPUs, this is {device}"
     elif fast != "off":
-        operators, why = choose(kind, timings(linears, weights), timings(linears, None)["plain"])
+        times = timings(linears, weights)
+        plain = (timings(linears, None) if weights else times)["plain"]
+        operators, why = choose(kind, times, plain)
     if weights or set(operators) != {"plain"}:
         for parent in [*model.modules()]:
             for name, child in [*parent.named_children()]:
