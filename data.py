@@ -206,7 +206,7 @@ def read_rows(path: Path, encoding: str | None = None, start=0):
 
 def parse_json(text: str, path: Path, line=1):
     try:
-        return json.loads(text.strip("\ufeff"))
+        return json.loads(text.strip("\ufeff").rstrip())
     except (ValueError, RecursionError) as error:
         line += getattr(error, "lineno", 1) - 1
         raise ValueError(f"{path}, line {line}: not JSON: {getattr(error, 'msg', error)}") from None
@@ -238,7 +238,12 @@ def held_out(document, seed=0) -> bool:
     So equal documents stay together and a file that moves keeps its side. 65,536 characters are
     enough, and that much is known without reading a large file twice.
     """
-    text = f"{seed}/{next(iter(document), '')[:65536]}"
+    begins = ""
+    for piece in document:
+        begins += piece
+        if len(begins) >= 65536:
+            break
+    text = f"{seed}/{begins[:65536]}"
     hashed = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(hashed.digest(), "big") < 0.05 * 2 ** 64
 
