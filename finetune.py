@@ -807,13 +807,13 @@ def finetune(settings: Settings, given: set[str]) -> None:
             return write_merged(settings, run, name, model, tokenizer)
         fill_defaults(settings, tokenizer, model)
     place = [settings.predict] if settings.predict else settings.data
-    rows = read_rows(place) if place else RECIPES[settings.task][1]()
+    rows = read_rows(place, settings.encoding) if place else RECIPES[settings.task][1]()
     task = open_task(settings, run, tokenizer, model, rows, saved["task"] if saved else {})
     if settings.predict:
         return task.predict(rows)
 
     learn, held = split(rows, settings)
-    held = read_rows(settings.val) if settings.val else held
+    held = read_rows(settings.val, settings.encoding) if settings.val else held
     learn, held = task.prepare(learn), task.prepare(held)
     key = hashlib.blake2b(repr([[e["rows"] for e in part] for part in (learn, held)]).encode(),
                           digest_size=8).hexdigest()

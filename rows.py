@@ -3,7 +3,6 @@ import ast
 import contextlib
 import csv
 import io
-import json
 import random
 import textwrap
 import tokenize
@@ -15,32 +14,35 @@ import train
 # ------------------------------------------------------------------------------------ rows of files
 
 
-def read_rows(paths: list[str]) -> list[dict]:
-    """The rows of .jsonl, .json, .csv, .tsv and .txt files; "where" tells each row's place."""
+def read_rows(paths: list[str], encoding: str | None = None) -> list[dict]:
+    """The rows of JSON, JSON lines, parquet, .csv, .tsv and .txt files; "where" tells the place."""
     rows = []
-    for path in data.find_files(paths, any_rows=True)[0]:
-        try:
-            content, kind = path.read_text(encoding="utf-8-sig"), path.suffix.lower()
-            lines = content.removesuffix("\n").split("\n")
-            if kind == ".jsonl":
-                found = [(n, json.loads(line)) for n, line in enumerate(lines, 1) if line.strip()]
-            elif kind == ".json":
-                found = [*enumerate(json.loads(content), 1)]
-            elif kind == ".csv":
-                found = table_rows(content, delimiter=",")
-            elif kind == ".tsv":
-                found = tab_separated(content, lines)
-            elif kind == ".txt":
-                found = [(n, {"text": line}) for n, line in enumerate(lines, 1)]
-            else:
-                raise ValueError("take .jsonl, .json, .csv or .tsv; .txt for --predict")
-        except (ValueError, TypeError, csv.Error) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
-        for n, row in found:
+    for path in data.find_files(paths, encoding, any_rows=True)[0]:
+        if data.kind_of(path) != "text":
+            found = data.read_rows(path, encoding)
+        else:
+            with data.open_text(path, encoding) as file:
+                found = text_rows(path, file.read())
+        for where, row in found:
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, row {n}: an object is needed, not {row!r:.60}")
-            rows.append({**row, "where": f"{path}, row {n}"})
+                raise ValueError(f"{where}: an object is needed, not {row!r:.60}")
+            rows.append({**row, "where": where})
     return rows
+
+
+def text_rows(path, content: str) -> list[tuple[str, dict]]:
+    """(place, row) of a table, or of each line of a .txt."""
+    kind, lines = path.name.lower().removesuffix(".gz")[-4:], content.removesuffix("\n").split("\n")
+    if kind not in (".csv", ".tsv", ".txt"):
+        raise ValueError(f"{path} cannot be read: take JSON, JSON lines, parquet, .csv or .tsv; .txt "
+                         "for --predict")
+    try:
+        found = (table_rows(content, delimiter=",") if kind == ".csv" else
+                 tab_separated(content, lines) if kind == ".tsv" else
+                 [(n, {"text": line}) for n, line in enumerate(lines, 1)])
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    return [(f"{path}, line {n}", row) for n, row in found]
 
 
 def table_rows(content: str, **form) -> list[tuple[int, dict]]:

@@ -69,6 +69,7 @@ class Common:
                            "standard library)")
     val: list[str] = flag([], "files to validate on (without: a part of the data is held out)")
     split_seed: int = flag(0, "decides what is held out")
+    encoding: str | None = flag(None, "of the text files (UTF-8, or as their first bytes say)")
     tokenizer: str | None = flag(None, "folder, file or name (without: a new one is trained)")
     context: int | None = flag(None, "tokens in a training sequence (256; with --size or "
                                "--init-from the model's, 1024 at most)", "block_size", low=2)
@@ -115,7 +116,6 @@ class Settings(Common):
     eval_tokens: int = flag(32768, "tokens of a validation on the way; the last reads all", low=1)
     sample_prompt: str | None = flag(None, "what samples begin with (the beginning of the held-out "
                                      "text)")
-    encoding: str | None = flag(None, "of the text files (UTF-8, or as their first bytes say)")
     workers: int | None = flag(None, "processes that pack text (as many as pay)", low=1)
 
 

@@ -752,12 +752,12 @@ def test_a_mistake_is_one_line_that_says_what_to_do(base, tmp_path, capsys):
     assert "--steps and --epochs" in sft("--steps", 2, "--epochs", 1)
     assert "missing" in refused(capsys, "--task", "sft", "--init-from", tmp_path / "missing")
     assert "no such file" in sft("--data", tmp_path / "none.jsonl")
-    assert "bad.jsonl cannot be read" in sft("--data", files(b'{"a": 1}\n{"a"'))
-    assert "cannot be read" in sft("--data", files(b"\xff\xfe\xff"))
-    assert "row 1" in sft("--data", files(b"[1, 2]"))
-    assert 'bad.jsonl, row 2 has a: it needs a text "prompt"' in sft(
+    assert "bad.jsonl, line 2: not JSON" in sft("--data", files(b'{"a": 1}\n{"a"'))
+    assert "bad.jsonl: " in sft("--data", files(b"\xff\xfe\xff"))
+    assert "line 1: an object is needed" in sft("--data", files(b"[1, 2]"))
+    assert 'bad.jsonl, line 2 has a: it needs a text "prompt"' in sft(
         "--data", files(b'{"prompt": "x", "completion": "y"}\n{"a": 1}'))
-    assert "bad.jsonl, row 1: message 0 needs a role" in sft("--data", files(b'{"messages": [{"role": "x"}]}'))
+    assert "bad.jsonl, line 1: message 0 needs a role" in sft("--data", files(b'{"messages": [{"role": "x"}]}'))
     assert ".jsonl" in sft("--data", files(b"text", "bad.parquet"))
     assert "--updates is a flag of --task grpo" in sft("--updates", 2)
     assert "--predict is a flag of --task classify" in sft("--predict", "a.txt")
