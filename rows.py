@@ -34,7 +34,7 @@ def text_rows(path, content: str) -> list[tuple[str, dict]]:
     """(place, row) of a table, or of each line of a .txt."""
     kind, lines = path.name.lower().removesuffix(".gz")[-4:], content.removesuffix("\n").split("\n")
     if kind not in (".csv", ".tsv", ".txt"):
-        raise ValueError(f"{path} cannot be read: take JSON, JSON lines, parquet, .csv or .tsv; .txt "
+        raise ValueError(f"{path} cannot be read: take .jsonl, .json, .parquet, .csv or .tsv; .txt "
                          "for --predict")
     try:
         found = (table_rows(content, delimiter=",") if kind == ".csv" else

@@ -758,7 +758,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(base, tmp_path, capsys):
     assert 'bad.jsonl, line 2 has a: it needs a text "prompt"' in sft(
         "--data", files(b'{"prompt": "x", "completion": "y"}\n{"a": 1}'))
     assert "bad.jsonl, line 1: message 0 needs a role" in sft("--data", files(b'{"messages": [{"role": "x"}]}'))
-    assert ".jsonl" in sft("--data", files(b"text", "bad.parquet"))
+    assert ".jsonl" in sft("--data", files(b"text", "bad.docx"))
     assert "--updates is a flag of --task grpo" in sft("--updates", 2)
     assert "--predict is a flag of --task classify" in sft("--predict", "a.txt")
     assert "--lora-alpha needs --lora" in sft("--lora-alpha", 2)

@@ -133,6 +133,7 @@ def test_the_default_data_is_the_source_of_the_standard_library():
 
 # --- resuming ---
 
+@pytest.mark.slow
 def test_resume_after_kill_at_any_moment_gives_the_same_bits(corpus, finished, tmp_path):
     """kill -9 again and again, while every step saves, until the run is through."""
     out, command = tmp_path / "run", [sys.executable, "train.py"]
@@ -158,6 +159,7 @@ def test_resume_after_kill_at_any_moment_gives_the_same_bits(corpus, finished, t
     assert events(out, "loss") == events(finished, "loss")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_says_how_to_go_on(corpus, finished, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(
@@ -214,6 +216,7 @@ def test_a_recurrent_model_trains_and_resumes_through_the_same_script(corpus, tm
 
 # --- several processes ---
 
+@pytest.mark.slow
 def test_two_processes_equal_one(corpus, finished, tmp_path):
     out = tmp_path / "two"
     done = run("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29591", "train.py",
@@ -438,6 +441,7 @@ def test_a_compiler_that_fails_costs_one_line(corpus, tmp_path, monkeypatch, cap
     assert "compile    failed; continuing without (RuntimeError: no compiler)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_step_equals_an_eager_one_and_leaves_no_trace(corpus, tmp_path):
     eager = train.load_checkpoint(start(corpus, tmp_path / "eager", "--steps", 3))
@@ -498,6 +502,7 @@ def test_help_shows_every_flag_with_default_and_meaning():
         assert " ".join(spec.metadata["help"].split())[:20] in shown, name
 
 
+@pytest.mark.slow
 def test_minutes_end_in_time_with_the_learning_rate_decayed(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "STARTED", time.time())
     arguments = [a for a in SMALL if a not in ("--steps", "6")]
