@@ -462,6 +462,18 @@ def test_out_of_memory_answers_with_the_next_smaller_setting(corpus, tmp_path, m
         assert stopped.value.code == 2 and answer in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("terminal, lines", [(False, 200), (True, 20)])
+def test_a_long_run_is_about_200_lines_and_on_a_terminal_20(terminal, lines, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    one = train.Run(torch.device("cpu"), torch.float32)
+    for step in range(1, 1801):
+        one.say_step(f"step {step}", step, 1800)
+    one.say("end")
+    shown = capsys.readouterr().out
+    assert lines <= shown.count("\n") <= lines + 3 and shown.endswith("end\n")
+    assert ("\r" in shown) == terminal
+
+
 # --- settings ---
 
 @pytest.mark.parametrize("flags, words", [
