@@ -376,6 +376,7 @@ def draw_log(out: Path) -> None:
 
 def curve(losses: list[float], columns: int = 72, rows: int = 8) -> str:
     """The losses as a curve of characters, for a terminal without pictures."""
+    losses = [loss for loss in losses if np.isfinite(loss)] or [0.0]
     means = [piece.mean() for piece in np.array_split(losses, min(columns, len(losses)))]
     low, high = min(means), max(means)
     level = [round((mean - low) / max(high - low, 1e-9) * (rows - 1)) for mean in means]

@@ -108,7 +108,7 @@ class Settings(Common):
     size: str | None = flag(None, "a published size of it, by its name in SIZES")
     layers: int | None = flag(None, "number of blocks (2)", low=1)
     width: int | None = flag(None, "channels of the residual stream (192)", low=1)
-    vocab: int | None = flag(None, "size of a new vocabulary, specials too (4096)", low=257)
+    vocab: int = flag(4096, "size of a new vocabulary, specials too", low=257)
     minutes: float | None = flag(None, "instead of --steps: what fits into this time", low=0.05)
     tokens_per_step: int | None = flag(None, "tokens in a step (1024; with --size or --init-from "
                                        "16384)", low=2)

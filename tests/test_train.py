@@ -124,6 +124,16 @@ def test_init_from_goes_on_with_a_checkpoint_and_its_tokenizer(finished, corpus,
     assert events(tmp_path / "more", "loss")[1] < events(finished, "loss")[1]
 
 
+def test_without_a_flag_everything_is_derived(corpus, tmp_path, monkeypatch):
+    """The default run, but on little text and for two steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "standard_library", lambda: [(p.name, p) for p in sorted(corpus.iterdir())])
+    train.main(["--steps", "2"])
+    settings = json.loads((tmp_path / "out/gpt/settings.json").read_text())
+    assert (settings["vocab"], settings["layers"], settings["width"], settings["tokens_per_step"]) == (4096, 2, 192, 1024)
+    assert all(settings[name] is not None for name in ("lr", "context", "micro_batch", "sample_prompt", "device"))
+
+
 def test_the_default_data_is_the_source_of_the_standard_library():
     files = train.standard_library()
     names = [name for name, _ in files]
