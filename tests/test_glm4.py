@@ -4,6 +4,8 @@ import random
 import shutil
 from dataclasses import replace
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import (assert_close, assert_gradient, continuation, cross_entropy, digest, published,
@@ -24,7 +26,7 @@ every_set = pytest.mark.parametrize("name", SETS)
 def golden(golden, tmp_path_factory):
     """The goldens; glm4_hf is the model of glm4 and gets its weights from there."""
     folder = tmp_path_factory.mktemp("golden")
-    for source in golden.glob("*glm*/"):
+    for source in filter(Path.is_dir, golden.glob("*glm*")):            # "*/" finds files before 3.11
         shutil.copytree(source, folder / source.name)
     GLM4.from_pretrained(folder / "glm4").save_pretrained(folder / "new")
     shutil.move(folder / "new/model.safetensors", folder / "glm4_hf")

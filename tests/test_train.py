@@ -462,6 +462,18 @@ def test_out_of_memory_answers_with_the_next_smaller_setting(corpus, tmp_path, m
         assert stopped.value.code == 2 and answer in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("terminal, lines", [(False, 200), (True, 20)])
+def test_a_long_run_is_about_200_lines_and_on_a_terminal_20(terminal, lines, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    one = train.Run(torch.device("cpu"), torch.float32)
+    for step in range(1, 1801):
+        one.say_step(f"step {step}", step, 1800)
+    one.say("end")
+    shown = capsys.readouterr().out
+    assert lines <= shown.count("\n") <= lines + 3 and shown.endswith("end\n")
+    assert ("\r" in shown) == terminal
+
+
 # --- settings ---
 
 @pytest.mark.parametrize("flags, words", [
@@ -493,6 +505,84 @@ def test_flags_take_equals_signs_underscores_and_none(corpus):
     settings, given = train.parse_settings(train.Settings, ["--weight_decay=0.2", "--eval-only", "--data", "a", "b"], "")
     assert (settings.weight_decay, settings.eval_only, settings.data) == (0.2, True, ["a", "b"])
     assert given == {"weight_decay", "eval_only", "data"}
+
+
+def test_flags_have_the_names_that_people_type_first():
+    settings, given = train.parse_settings(train.Settings, ["--learning-rate", "0.1", "--max_iters=7",
+                                                            "--batch-size", "3", "--block-size", "64"], "")
+    assert (settings.lr, settings.steps, settings.batch_size, settings.context) == (0.1, 7, 3, 64)
+    assert given == {"lr", "steps", "batch_size", "context"}
+
+
+def test_batch_size_and_epochs_decide_the_tokens_of_a_step_and_the_steps(corpus, tmp_path):
+    arguments = [a for a in SMALL if a not in ("--steps", "6", "--tokens-per-step", "128")]
+    train.main([*arguments, "--data", str(corpus), "--out", str(tmp_path / "run"), "--batch-size", "3",
+                "--epochs", "0.05"])
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    tokens = len(train.data.open_tokens(next((tmp_path / "data").glob("*/train.bin")))[0])
+    assert settings["tokens_per_step"] == 96
+    assert len(events(tmp_path / "run", "loss")) == round(0.05 * tokens / 96)
+
+
+def test_files_of_ones_own_to_validate_on(corpus, tmp_path):
+    mine = "def held_out(x):\n    return x + 1\n" * 20
+    (tmp_path / "mine.txt").write_text(mine)
+    out = start(corpus, tmp_path / "run", "--val", tmp_path / "mine.txt")
+    folder = next((tmp_path / "data").iterdir())
+    tokenizer = train.text.load_tokenizer(out)
+    train_tokens, val = (train.data.open_tokens(folder / f"{split}.bin")[0].tolist() for split in ("train", "val"))
+    assert tokenizer.decode(val) == mine + "<|endoftext|>"
+    assert train_tokens.count(tokenizer.end_id) == 30                   # nothing of --data is held out
+
+
+def test_more_processes_than_sequences_raise_the_sequences_and_say_so(corpus, tmp_path, capsys):
+    settings, given = train.parse_settings(train.Settings, [*SMALL, "--data", str(corpus), "--out",
+                                                            str(tmp_path / "run")], "")
+    run = train.start_run(settings)
+    prepared = train.prepare_corpus(settings, run)
+    run.world = 8
+    train.derive(settings, given, run, prepared)
+    assert settings.tokens_per_step == 8 * 32
+    assert "4 sequences a step are fewer than the processes: 8 instead" in capsys.readouterr().out
+
+
+def test_token_files_stand_alone_in_data(corpus, finished, tmp_path, capsys):
+    packed = next((finished.parent / "data").iterdir())
+    with pytest.raises(SystemExit):
+        train.main([*SMALL, "--data", str(packed), str(corpus), "--out", str(tmp_path / "run")])
+    assert "has token files: give it alone" in capsys.readouterr().err
+
+
+def test_the_closing_line_begins_with_the_users_own_text(tmp_path, capsys):
+    lines = [json.dumps({"text": f"Once upon a time {i} there was"}) for i in range(200)]
+    (tmp_path / "story.jsonl").write_text("\n".join(lines))
+    start(tmp_path / "story.jsonl", tmp_path / "run", "--steps", 1)
+    assert capsys.readouterr().out.rstrip().endswith("--prompt 'Once upon a'")
+
+
+def test_resume_takes_the_file_and_a_finished_run_is_told_what_to_do(finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    assert train.load_resume(str(out / "resume/resume.pt"))[0] == out
+    assert_one_line_error(run("train.py", "--resume", out, "--steps", 9), f"--init-from {out} --steps 3")
+    os.replace(out / "resume/resume.pt", out / "resume.pt")             # where older runs have it
+    assert train.load_resume(str(out))[0] == out == train.load_resume(str(out / "resume.pt"))[0]
+
+
+def test_a_run_on_another_number_of_processes_goes_on_and_says_not_bit_exactly(corpus, tmp_path, capsys):
+    out = start(corpus, tmp_path / "run")
+    saved = torch.load(out / "resume/resume.pt", weights_only=True)
+    torch.save({**saved, "world": 2, "step": 5}, out / "resume/resume.pt")
+    train.main(["--resume", str(out)])
+    assert "not bit-exactly: started on 2 processes" in capsys.readouterr().out
+    assert max(events(out, "loss")) == 6
+
+
+def test_a_resume_file_of_an_earlier_version_is_refused_by_name(finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    saved = torch.load(out / "resume/resume.pt", weights_only=True)
+    del saved["config"]["eos_token_id"]
+    torch.save(saved, out / "resume/resume.pt")
+    assert_one_line_error(run("train.py", "--resume", out), "earlier version", f"--init-from {out}")
 
 
 def test_help_shows_every_flag_with_default_and_meaning():
