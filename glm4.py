@@ -1,7 +1,7 @@
 """GLM-4, GLM-4-0414 and ChatGLM3 in one file: build, train, load the published weights, generate.
 
-One network in three generations; no code of a checkpoint runs. The whole forward pass, in which
-each block reads the residual stream x (T, C) and adds to it twice:
+One network in three generations (ChatGLM3: fewer layers, another vocabulary and ε). The whole
+forward pass, in which each block reads the residual stream x (T, C) and adds to it twice:
 
     x = embed_tokens[token]
     L times:
@@ -33,7 +33,7 @@ What differs from GPT-2 (gpt.py):
 References: GLM team 2024, "ChatGLM: A Family of Large Language Models from GLM-130B to GLM-4 All
 Tools"; THUDM/chatglm3-6b and glm-4-9b-chat modeling_chatglm.py (git blobs dc5c662, 7b3dfec);
 transformers 5.23 models/glm and glm4; Su et al. 2021, "RoFormer". Loads ChatGLM3-6B and GLM-4-9B in
-their original layout (also .bin, ChatGLM3's own int8 and int4), Hugging Face's Glm, Glm4 (0414).
+their original layout (.bin, int8, int4 too; their code is not run), Hugging Face's Glm and Glm4.
 
     model = GLM4.from_pretrained("path/to/glm-4-9b-chat")   # or GLM4(SIZES["glm-4-9b"]), untrained
     [new] = model.generate([[151331, 151333, 98]], 20, temperature=0.8, top_p=0.8, seed=1)
@@ -430,13 +430,17 @@ class GLM4(nn.Module):
         path = Path(path)
         file = path / "config.json" if path.is_dir() else path.with_name("config.json")
         stated = json.loads(file.read_text(encoding="utf-8"))
-        with torch.device("meta"):                                      # shapes, no memory
-            model = cls(replace(to_config(stated), **overrides))
+        config = replace(to_config(stated), **overrides)
         tensors = dequantised(read_tensors(path), stated.get("quantization_bit"))
         weights = {name: nn.Parameter(tensor.to(device, dtype))
-                   for name, tensor in to_ours(tensors, model.config)}
-        if model.config.tie_word_embeddings:                            # one Parameter, two names
-            weights["lm_head.weight"] = weights.get("model.embed_tokens.weight")
+                   for name, tensor in to_ours(tensors, config)}
+        if config.tie_word_embeddings:       # one Parameter, two names; a head of its own wins
+            table = weights["model.embed_tokens.weight"]
+            head = weights.get("lm_head.weight", table)
+            config = replace(config, tie_word_embeddings=head is table or torch.equal(head, table))
+            weights["lm_head.weight"] = table if config.tie_word_embeddings else head
+        with torch.device("meta"):                                      # shapes, no memory
+            model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)
         return model.eval()
 
@@ -542,12 +546,14 @@ def to_config(stated: dict) -> GLM4Config:
     """Our config from the config.json of any layout."""
     rope = stated.get("rope_parameters") or stated.get("rope_scaling") or {}
     stated = {name: value for name, value in {**stated, **rope}.items() if value is not None}
-    stated.setdefault("rope_type", stated.get("type", "default"))
+    if rope.get("rope_type", rope.get("type")) not in (None, "default"):
+        raise ValueError(f"RoPE is scaled by {rope}, which is not supported: take rope_scaling out "
+                         "of config.json and stay within max_position_embeddings")
     for name, *known in (("model_type", "chatglm", "glm", "glm4"), ("hidden_act", "silu"),
                          ("rmsnorm", True), ("post_layer_norm", True), ("add_bias_linear", False),
                          ("apply_residual_connection_post_layernorm", False), ("pre_seq_len", None),
-                         ("multi_query_attention", True), ("rope_type", "default"),
-                         ("vision_config", None), ("quantization_config", None)):
+                         ("multi_query_attention", True), ("vision_config", None),
+                         ("quantization_config", None)):
         if stated.get(name, known[0]) not in known:
             raise ValueError(f"{name} is {stated[name]!r}: only {known} is supported")
     if stated["model_type"] == "chatglm":
@@ -565,7 +571,7 @@ def to_ours(tensors, config: GLM4Config):
         for theirs, ours in RENAMED.items():
             name = name.replace(theirs, ours)
         if "query_key_value" in name:                                   # the rows of q, of k, of v
-            for letter, part in zip("qkv", tensor.split((H * D, K * D, K * D))):
+            for letter, part in zip("qkv", tensor.tensor_split((H * D, (H + K) * D))):
                 yield name.replace("query_key_value", f"{letter}_proj"), part
         elif name != "transformer.rotary_pos_emb.inv_freq":             # saved, never used
             yield name, tensor
@@ -583,6 +589,8 @@ def dequantised(tensors, bits: int | None):
             halves[base] = tensor
         else:
             scale, q = sorted((tensor, halves.pop(base)), key=Tensor.dim)   # (rows,), a matrix
+            if scale.shape != q.shape[:1]:   # a single scale would do for every row
+                raise ValueError(f"{base} is {[*q.shape]}, its scales are {[*scale.shape]}")
             if bits == 4:
                 q = torch.stack((q >> 4, q << 4 >> 4), dim=-1).flatten(-2)  # the sign comes along
-            yield base, q * scale.view(len(q), 1)
+            yield base, q * scale[:, None]
