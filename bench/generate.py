@@ -5,9 +5,9 @@
     python bench/generate.py --quality out/gpt                  # what int8 and int4 cost in quality
 
 Both sides load the same saved folder of random weights and run in one process at one dtype and one
-number of threads, warmed up; then they take turns, and medians of --repeats are compared. A time
-per token is what lies between the tokens that the side's own `generate` reports; prompts count from
-the call to the first token. transformers runs with the faster of sdpa and eager attention and of a
+number of threads, warmed up; then they take turns, each begun with a short run that is not timed, and
+medians of --repeats are compared. A time per token is what lies between the tokens that the side's
+own `generate` reports; prompts count from the call to the first token. transformers runs with the faster of sdpa and eager attention and of a
 dynamic and a static cache, as measured here. llama.cpp, where --llama-python names a Python that
 has llama-cpp-python and gguf, runs in a process beside this one and waits while others are timed.
 """
@@ -54,9 +54,16 @@ def some_tokens(count, vocabulary, seed=0):
 # call, tokens), greedy.
 
 
+def in_memory(model):
+    """The model with copies of its weights: pages of a file may be dropped while others are timed."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 def ours(folder, model_class, dtype, weights=None, plain=False):
     """This project's model, as chat.py runs it."""
-    model = model_class.from_pretrained(folder, dtype=DTYPES[dtype])
+    model = in_memory(model_class.from_pretrained(folder, dtype=DTYPES[dtype]))
     about = fast.accelerate(model, weights, "off" if plain else "auto")
     print(f"  {model_class.__name__} {dtype}: {about}", file=sys.stderr, flush=True)
 
@@ -85,7 +92,7 @@ class Times:
 def transformers(folder, dtype, prompt):
     """transformers with what is fastest of its attentions and caches for this prompt."""
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
+    model = in_memory(AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval())
 
     def variant(attention, cache):
         def run(prompt, new):
@@ -256,8 +263,11 @@ def agreement(left, right):
 
 def compare(title, sides, pairs, prompt, args, new=NEW):
     """Decode after `prompt` with all sides in turns; one line for each (name, ours, theirs, least)."""
-    seconds = in_turns({name: lambda side=side: between(side(prompt, new)[0])
-                        for name, side in sides.items()}, args.repeats)
+    def decode(side):
+        side(prompt[:8], 2)
+        return between(side(prompt, new)[0])
+    seconds = in_turns({name: lambda side=side: decode(side) for name, side in sides.items()},
+                       args.repeats)
     header(title, "decode", "tokens/s", "against", "factor", "at least")
     for name, left, right, target in pairs:
         if left in seconds and right in seconds:
@@ -271,7 +281,11 @@ def compare(title, sides, pairs, prompt, args, new=NEW):
 def compare_prompts(title, sides, pairs, vocabulary, args):
     """Prompts of 512 tokens, up to the first new token."""
     prompt = some_tokens(512, vocabulary)
-    seconds = in_turns({name: lambda side=side: side(prompt, 1)[0][0] for name, side in sides.items()},
+
+    def first_token(side):
+        side(prompt[:8], 2)
+        return side(prompt, 1)[0][0]
+    seconds = in_turns({name: lambda side=side: first_token(side) for name, side in sides.items()},
                        args.repeats)
     header(title, "prompt of 512", "tokens/s", "against", "factor", "at least")
     for name, left, right, target in pairs:
@@ -400,12 +414,12 @@ def rows_batch(args, folder):
         other = transformers(folder, dtype, prompts[0])
         found = {}
 
-        def run(model=model):
+        def run(model=model, found=found):
             start = time.perf_counter()
             found["ours"] = model.generate(prompts, NEW, temperature=0, stop=())
             return time.perf_counter() - start
 
-        def run_other(other=other.model):
+        def run_other(other=other.model, found=found):
             start = time.perf_counter()
             out = other.generate(padded, attention_mask=mask, max_new_tokens=NEW, do_sample=False,
                                  eos_token_id=None, pad_token_id=0)
