@@ -12,7 +12,8 @@ from pathlib import Path
 def read_run(folder: Path) -> dict[str, list[tuple[float, float]]]:
     """name -> [(tokens seen, value), ...] from a run directory; a repeated step counts as it came last."""
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    per_step = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["tokens_per_step"]
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    per_step = settings.get("tokens_per_step") or 1                     # finetune.py: steps
     curves = {"loss": {}, "val_loss": {}, "lr": {}, "tokens_per_s": {}}
     for line in lines:
         event = json.loads(line)
