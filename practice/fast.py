@@ -288,14 +288,18 @@ def processor() -> str:
     return f"{name} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def remembered(key: str, compute):
+def remembered(key: str, compute) -> dict[str, list[float]]:
     """compute(), or what it gave before under this key: a cache that fails only costs time."""
+    def usable(times):                       # another version of this file may have written it
+        return isinstance(times, dict) and {"replaced", "plain"} <= {*times} and all(
+            isinstance(found, list) and len(found) == len(ROWS)
+            and all(isinstance(seconds, float) for seconds in found) for found in times.values())
     known, path = {}, None
     with contextlib.suppress(OSError, ValueError, TypeError, RuntimeError):     # the last: no home
         folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         path = Path(folder, "language-models", "linears.json")
         known = dict(json.loads(path.read_text(encoding="utf-8")))
-    if key not in known:
+    if not usable(known.get(key)):
         known[key] = compute()
         with contextlib.suppress(OSError, AttributeError):              # the last: no path
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -219,13 +219,16 @@ def test_measuring_happens_once_and_a_broken_cache_is_no_error(cache, monkeypatc
     accelerate(small_gpt())
     accelerate(small_gpt())
     assert len(calls) == 1 and len(json.loads(cache.read_text())) == 1
-    for damage in ("", "[1]", "3", "{"):
+    [key] = json.loads(cache.read_text())
+    older = [json.dumps({key: value}) for value in (3, {"plain": [1.0] * 3}, {
+        "replaced": [1.0] * 3, "plain": [1.0, "x", 1.0]})]
+    for damage in ("", "[1]", "3", "{", *older):
         cache.write_text(damage)
         accelerate(small_gpt())
         assert json.loads(cache.read_text())
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))                    # a file, not a folder
     accelerate(small_gpt())
-    assert len(calls) == 6
+    assert len(calls) == 9
 
 
 def test_the_quickest_operators_are_chosen_and_a_slow_setting_says_so():
