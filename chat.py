@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 import tokenizer as text
-from practice import fast
 from checkpoints import (check_vocabulary, eos_tokens, is_out_of_memory, load_checkpoint, locate,
                          readable)
+from practice import fast
 from train import Parser, choose_device, complain, show_any_text
 
 HELP = """\
@@ -66,10 +66,10 @@ def parse(argv: list[str] | None):
         "(without this flag: what generation_config.json says, else all)")
     add("--seed", type=int, metavar="N", help="the same seed draws the same text")
     add("--tokenizer", metavar="PATH", help="if it is not beside the weights")
-    add("--fast", choices=("auto", "off"), default="auto", help="linear layers by the operators that "
-        "are quickest on this machine, measured once (auto), or torch's own (off)")
-    add("--weights", dest="bits", choices=("int8", "int4"), help="quantise the weights: less memory "
-        "and, where this is said, quicker")
+    add("--fast", choices=("auto", "off"), default="auto", help="linear layers by the operators "
+        "that are quickest on this machine, measured once (auto), or torch's own (off)")
+    add("--weights", dest="bits", choices=("int8", "int4"), help="quantise the weights: less "
+        "memory and, where this is said, quicker")
     add("--draft", metavar="DIR", help="a smaller model of the same vocabulary, which proposes "
         "tokens that this one checks: speculative decoding")
     add("--lookup", action="store_true", help="speculative decoding with proposals from the text")

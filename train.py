@@ -4,8 +4,8 @@ With no argument it reads the source of Python's standard library, trains a toke
 small GPT, shows what it does, and leaves a run directory (out/gpt) that `python chat.py out/gpt`
 talks to and transformers opens. Every setting is a flag: see `python train.py --help`.
 
-From the top: settings; process, device, precision; data; loss; the step; memory; checkpoints of
-any kind; the run directory; what is derived from the settings; `train`, with the loop.
+From the top: settings; process, device, precision; data; loss; the step; memory; what is derived
+from the settings; `train`, with the loop. What lies on disk is read and written by checkpoints.py.
 To change the data, see `Batches`; the loss, `NextTokenLoss`; the optimiser, `make_optimizer`; the
 schedule, `learning_rate`. finetune.py and chat.py import what they need from here.
 
@@ -42,14 +42,13 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import tokenizer as text
-from data import Parser
-from checkpoints import (MODELS, check_vocabulary, config_values, identify, is_out_of_memory,
+from checkpoints import (MODELS, check_vocabulary, config_values, curve, identify, is_out_of_memory,
                          load_checkpoint, load_resume, locate, make_run_directory, measured,
-                         curve, model_parts, publish, resume_settings, save_resume,
-                         saved_tokenizer, write_settings, write_text)
+                         model_parts, publish, resume_settings, save_resume, saved_tokenizer,
+                         write_settings, write_text)
+from data import Parser
 
 STARTED = time.time()
-
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -204,7 +203,7 @@ class Run:
             self.line = ""
 
     def say_step(self, message: str, step: int, steps: int) -> None:
-        """A line about a step, about 200 in all; on a terminal about 20, else rewritten in place."""
+        """A line about a step: about 200 in all; on a terminal 20, and between them one in place."""
         terminal = sys.stdout.isatty()
         every = max(1, steps // (20 if terminal else 200))
         if step % every == 0 or step in (1, steps):
@@ -265,7 +264,7 @@ def choose_dtype(device: torch.device, asked: str | None) -> tuple[torch.dtype, 
         best[dtype] = min(seconds_of(lambda x=x, y=y: x @ y) for _ in range(8))
     ratio = best[torch.float32] / best[torch.bfloat16]
     if ratio < 1.5:
-        return torch.float32, f"bfloat16 is only {ratio:.1f} times as fast on this CPU"
+        return torch.float32, f"bfloat16 is only {ratio:.2f} times as fast on this CPU"
     return torch.bfloat16, f"on this CPU {ratio:.1f} times as fast as float32 in a matrix product"
 
 
@@ -885,9 +884,11 @@ def train(settings: Settings, given: set[str]) -> None:
 
     def sample():
         prompt = [end, *tokenizer.encode(settings.sample_prompt)]
+        if config.context:                   # room for at least one new token
+            prompt = prompt[:config.context - 1]
         [new] = model.generate([prompt], 150, temperature=0.8, top_p=0.9, stop=[end],
                                seed=settings.seed)
-        run.say(f"--- sample ---\n{settings.sample_prompt}{tokenizer.decode(new)}\n---")
+        run.say(f"--- sample ---\n{tokenizer.decode(prompt[1:] + new)}\n---")
     rivals = compressed(corpus)
     run.say(f"to beat    gzip -9 {rivals['gzip']:.3f}, xz -9e {rivals['xz']:.3f} bits per byte of "
             "the held-out text")

@@ -570,6 +570,12 @@ def test_the_closing_line_begins_with_the_users_own_text(tmp_path, capsys):
     assert capsys.readouterr().out.rstrip().endswith("--prompt 'Once upon a'")
 
 
+def test_a_context_shorter_than_the_prompt_of_samples_is_no_error(corpus, tmp_path):
+    arguments = [a if a != "32" or SMALL[i - 1] != "--context" else "2" for i, a in enumerate(SMALL)]
+    train.main([*arguments, "--data", str(corpus), "--out", str(tmp_path / "run")])
+    assert list(events(tmp_path / "run", "loss")) == [1, 2, 3, 4, 5, 6]
+
+
 def test_resume_takes_the_file_and_a_finished_run_is_told_what_to_do(finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "run")
     assert train.load_resume(str(out / "resume/resume.pt"))[0] == out
