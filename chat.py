@@ -24,8 +24,9 @@ import torch
 import tokenizer as text
 from checkpoints import (check_vocabulary, eos_tokens, is_out_of_memory, load_checkpoint, locate,
                          readable)
+from flags import Parser, complain, show_any_text
 from practice import fast
-from train import Parser, choose_device, complain, show_any_text
+from process import choose_device
 
 HELP = """\
 /help          this text

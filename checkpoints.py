@@ -268,7 +268,7 @@ def make_run_directory(out: str | None, name: str) -> Path:
 
 
 def publish(model, tokenizer, settings, out: Path) -> None:
-    """Write what readers open: weights in the published layout, tokenizer, settings, picture."""
+    """Write what others open: weights in the published layout, tokenizer, settings."""
     model.save_pretrained(out)
     tokenizer.save(out, model_max_length=model.config.context)
     write_text(out / "generation_config.json", json.dumps(
@@ -276,7 +276,6 @@ def publish(model, tokenizer, settings, out: Path) -> None:
          "pad_token_id": model.config.pad_token_id, "do_sample": True, "temperature": 0.8},
         indent=2) + "\n")
     write_settings(settings, out)
-    draw_log(out)
 
 
 def write_settings(settings, out: Path) -> None:

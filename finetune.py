@@ -776,8 +776,9 @@ def plan(settings: Settings, run: Run, name: str, task: Task, learn: list[dict],
     source = ", ".join(settings.data) or "the source of Python's standard library"
     run.say(f"data       {source}: {len(learn)} examples to learn from, {len(held)} held out")
     run.say(f"model      {name}, {total:,} parameters, of which {learned:,} learn")
-    train.plan_memory(settings, run, type(task.model), task.config, rows,
-                      sum(sizes.values()), learned)
+    with torch.device("meta"):
+        empty = train.NextTokenLoss(type(task.model)(task.config).train())
+    train.plan_memory(settings, run, empty, rows, sum(sizes.values()), learned)
     run.say(f"plan       {settings.task}: {settings.steps} steps of {settings.batch} examples, "
             f"learning rate {settings.lr:.2g}" + (
                 f", chat format {settings.chat}" if settings.task != "classify" else ""))
@@ -796,7 +797,7 @@ def finetune(settings: Settings, given: set[str]) -> None:
     else:
         check_settings(settings, given)
     with contextlib.redirect_stdout(sys.stderr if settings.predict else sys.stdout):
-        run = train.start_run(settings)      # of a prediction only labels go to stdout
+        run = train.start_run(settings, train.STARTED)  # of a prediction only labels go to stdout
     if saved:
         name, tokenizer = saved["name"], saved_tokenizer(saved)
         model_class, config_class, _ = model_parts(name)
@@ -894,11 +895,11 @@ def finetune(settings: Settings, given: set[str]) -> None:
                 raise ValueError("ten steps in a row had no finite loss or gradient: the state "
                                  f"after step {step} is saved; try a lower --lr")
             last = step >= pace.steps
-            if last or train.due(settings.eval_every, 10, step, pace.steps):
+            if pace.due(settings.eval_every, 10, step):
                 after = task.measures(held if last else held[:settings.eval_examples])
                 run.log(step=step, **after)
                 run.say("           validation: " + train.shown(after))
-            if last or train.due(settings.sample_every, 4, step, pace.steps):
+            if pace.due(settings.sample_every, 4, step):
                 run.say(task.sample(held[:settings.samples]))
             stop = interrupt.seen(run)
             if pace.save_is_due() or last or stop:
