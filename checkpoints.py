@@ -6,6 +6,8 @@ Then what a run directory holds: what readers open, and resume/resume.pt.
 """
 import contextlib
 import dataclasses
+import functools
+import io
 import difflib
 import importlib
 import json
@@ -346,13 +348,24 @@ def measured(out: Path, name: str) -> dict[int, float]:
     return {event["step"]: event[name] for event in map(json.loads, lines) if name in event}
 
 
-def draw_log(out: Path) -> None:
-    """loss.png of what log.jsonl has, where matplotlib is installed."""
+@functools.cache
+def can_draw() -> bool:
+    """Whether matplotlib is there; then it is made ready, to draw without a screen."""
     try:
         import matplotlib
     except ImportError:
-        return
+        return False
     matplotlib.use("Agg")
+    from matplotlib import pyplot
+    pyplot.figure().savefig(io.BytesIO())    # the first picture takes seconds
+    pyplot.close()
+    return True
+
+
+def draw_log(out: Path) -> None:
+    """loss.png of what log.jsonl has, where matplotlib is installed."""
+    if not can_draw():
+        return
     from matplotlib import pyplot
     train, val = measured(out, "loss"), measured(out, "val_loss")
     others = {name: found for name in ("accuracy", "reward") if (found := measured(out, name))}

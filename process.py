@@ -130,8 +130,7 @@ class Pace:
         self.steps = settings.steps or step + 1000      # with --minutes an estimate, renewed often
         minutes = getattr(settings, "minutes", None)    # finetune.py has none
         self.seconds = 60 * minutes if minutes else None
-        self.closing = 0.06 * (self.seconds or 0)       # seconds after the last step: a guess
-        self.takes = {}                                 # until each part of it was done once
+        self.takes = {}                                 # seconds of what comes after the last step
         self.begun = self.saved = time.time()
         self.left, self.save_every = 0.0, 60 * settings.save_minutes
         self.before = self.done = self.part(step)       # parts of the run, 0 to 1
@@ -155,14 +154,18 @@ class Pace:
         else:
             self.left = each * (self.steps - step)
 
+    @property
+    def closing(self) -> float:
+        """How long the end of the run will take, in seconds; what was not done yet is guessed."""
+        guess = 0.02 * (self.seconds or 0.0)
+        return 1.0 + sum(self.takes.get(what, guess) for what in ("validation", "sample", "saving"))
+
     @contextlib.contextmanager
     def closing_takes(self, what: str, times: float = 1.0):
-        """Learn from doing it now how long the end of the run will take."""
+        """Learn it by doing it now."""
         begun = time.time()
         yield
         self.takes[what] = times * (time.time() - begun)
-        if len(self.takes) == 3:             # validation, sample, save: nothing is guessed now
-            self.closing = sum(self.takes.values()) + 0.3
 
     def due(self, every: int | None, parts: int, step: int) -> bool:
         """Whether it is time: each `every` steps, or `parts` times in a run, and at its end."""

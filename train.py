@@ -40,10 +40,10 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import tokenizer as text
-from checkpoints import (MODELS, check_vocabulary, config_values, curve, draw_log, identify,
-                         is_out_of_memory, load_checkpoint, load_resume, locate, make_run_directory,
-                         measured, model_parts, publish, resume_settings, save_resume,
-                         saved_tokenizer, write_settings, write_text)
+from checkpoints import (MODELS, can_draw, check_vocabulary, config_values, curve, draw_log,
+                         identify, is_out_of_memory, load_checkpoint, load_resume, locate,
+                         make_run_directory, measured, model_parts, publish, resume_settings,
+                         save_resume, saved_tokenizer, write_settings, write_text)
 from flags import complain, flag, parse_settings, show_any_text
 from plan import (BYTES, EPOCHS, SHAPES, Shape, checkpoint_blocks, choose, peak_bytes, plan_memory,
                   smaller)
@@ -113,7 +113,7 @@ class Settings(Common):
                                        "--init-from 16384)", low=2)
     batch_size: int | None = flag(None, "instead of --tokens-per-step: sequences in a step", low=1)
     eval_tokens: int | None = flag(None, "tokens of a validation on the way (those of all ten "
-                                   "take 3 % of the time); the last reads all", low=1)
+                                   "take a thirtieth of the time); the last reads all", low=1)
     sample_prompt: str | None = flag(None, "what samples begin with (the beginning of the held-out "
                                      "text)")
     workers: int | None = flag(None, "processes that pack text (as many as pay)", low=1)
@@ -386,8 +386,9 @@ class Muon(torch.optim.AdamW):
     def updates(self, parameters: list) -> torch.Tensor:
         """(n, rows, columns): the orthogonal updates of n matrices."""
         for p in parameters:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            momentum.lerp_(p.grad, 1 - self.MOMENTUM)
+            if not self.state[p]:            # AdamW, when it is loaded, asks each state for a step
+                self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
+            self.state[p]["momentum"].lerp_(p.grad, 1 - self.MOMENTUM)
         x = torch.stack([p.grad.lerp(self.state[p]["momentum"], self.MOMENTUM) for p in parameters])
         wide = x.shape[1] <= x.shape[2]
         x = x if wide else x.mT
@@ -541,22 +542,22 @@ def plan_run(settings: Settings, run: Run) -> float | None:
                 return math.inf
             raise
         return min(times)
+    planned = len({*shapes}) > 1 or not (settings.steps or settings.epochs)
     shape, each, most = choose([*dict.fromkeys(shapes)], seconds, math.inf if bounded else size,
-                               step_seconds)
+                               step_seconds) if planned else (shapes[0], None, None)
     settings.layers, settings.width = shape.layers, shape.width
     settings.context, settings.tokens_per_step = shape.context, shape.tokens
-    settings.batch_size = None
-    if not made:
-        settings.vocab = shape.vocab
+    settings.vocab, settings.batch_size = None if made else shape.vocab, None
+    if not planned:
+        return None
     if not bounded:
         settings.minutes = round(most / 60, 2)
     speed = shape.tokens / each
-    run.say(f"plan       {size / 1e6:.1f} MB of text, "
-            f"{speed:,.0f} tokens/s at {shape.layers} x {shape.width}, context {shape.context}, "
-            f"vocabulary {shape.vocab}, {shape.tokens} tokens a step"
-            + ("" if settings.steps or settings.epochs else f": in {settings.minutes:g} minutes "
-               f"{60 * settings.minutes / each:,.0f} steps, "
-               f"{60 * settings.minutes * speed / size * BYTES:.1f} epochs or so"))
+    run.say(f"plan       {size / 1e6:.1f} MB of text, {speed:,.0f} tokens/s at {shape.layers} x "
+            f"{shape.width}, context {shape.context}, vocabulary {shape.vocab}, {shape.tokens} "
+            "tokens a step" + ("" if settings.steps or settings.epochs else
+                               f": in {settings.minutes:g} minutes about "
+                               f"{60 * settings.minutes * speed / size * BYTES:.1f} epochs"))
     return speed
 
 
@@ -729,10 +730,11 @@ def train(settings: Settings, given: set[str]) -> None:
         run.say(f"run        {run.out}")
         write_settings(settings, run.out)
         tokenizer.save(run.out, model_max_length=config.context)
+        can_draw()                           # now, because it takes a second or two
 
     def save():
         if run.rank == 0:
-            if settings.keep == "last" or not best["step"]:
+            if settings.keep == "last" or best["step"] in (0, step):
                 publish(model, tokenizer, settings, run.out)
             save_resume(run.out, settings, run, tokenizer, corpus.key, config, step=step, best=best,
                         model=model.state_dict(), optimizer=optimizer.state_dict(),
@@ -769,7 +771,8 @@ def train(settings: Settings, given: set[str]) -> None:
                 if measures["val_loss"] < best["val_loss"]:
                     best = {**measures, "step": step, "done": pace.done}
                     if settings.keep == "best" and run.rank == 0:
-                        publish(model, tokenizer, settings, run.out)
+                        with pace.closing_takes("saving", 2):
+                            publish(model, tokenizer, settings, run.out)
                 elif settings.keep == "best" and pace.done - best["done"] > 1 / 3:
                     run.say(f"stopped    at step {step}: no validation has been better than that "
                             f"of step {best['step']} for a third of the run")
@@ -778,13 +781,13 @@ def train(settings: Settings, given: set[str]) -> None:
                 with pace.closing_takes("sample"):
                     show()
             stop = interrupt.seen(run)
-            if pace.save_is_due() or pace.done >= 1 or stop:
-                with pace.closing_takes("save"):
-                    save()
+            if pace.save_is_due() or stop:
+                save()
             if stop:
                 run.say(f"stopped after step {step}; to go on:  "
                         f"python train.py --resume {run.out}")
                 raise SystemExit(128 + stop)
+    save()
     if settings.keep == "best" and best["step"] not in (0, step):
         step = best["step"]
         take_back(model, run)
