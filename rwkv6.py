@@ -27,9 +27,9 @@ them: receptance (the query), w (the log of the decay), key, value. What is diff
 
 * no attention: each head sums up its past in a matrix S of keys by values, which the query r reads.
   No positions, no limit to the context, and the millionth token costs what the tenth did;
-* how much is kept of each row of S, e^w of a channel of the key, is computed from the token;
-* "token shift": what a matrix reads is a mix of this token's vector and the one before, in time
-  mixing by shares that are computed from the token too;
+* "token shift": what a matrix reads is a mix of this token's vector and the one before;
+* how much is kept of each row of S, e^w, and in time mixing the shares of that mix are computed
+  from the token. This is what RWKV-6 adds to RWKV-5: what it reads decides what it forgets;
 * the MLP is a squared ReLU behind a gate; the only biases are those of norms; the embedding is
   normed at once, and the head is a matrix of its own.
 
@@ -74,7 +74,7 @@ class RWKV6Config:
     dim_ffn: int = 7168
     mix_lora: int = 32                       # rank of maa_w1 and maa_w2, which make the shares
     decay_lora: int = 64                     # rank of decay_w1 and decay_w2
-    group_norm_eps: float = 64e-5            # 1e-5 * head_size_divisor ** 2, which is 8
+    group_norm_eps: float = 64e-5            # as the authors: y / 8 is normed with 1e-5
     tuned_state: bool = False                # has att.time_state: a trained S to begin with
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -111,8 +111,8 @@ SIZES = {
 def previous(x: Tensor, last: Tensor | None) -> Tensor:
     """(B, T, C) -> (B, T, C): at each position the vector of the token before ("token shift").
 
-    The first position reads `last` (B, C), which is overwritten with the last of x, or zeros.
-    Earlier tokens are constants: gradients flow only into x.
+    Before the first comes `last` (B, C), or 0 if it is None; the last of x overwrites it. Earlier
+    tokens are constants: gradients flow only into x.
     """
     if last is None:
         return F.pad(x, (0, 0, 1, -1))
@@ -130,7 +130,7 @@ def wkv6_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
     """
     y, S = [], S0
     for t in range(r.shape[2]):
-        new = k[:, :, t, :, None] * v[:, :, t, None, :]                 # (B, H, D, D)
+        new = k[:, :, t, :, None] * v[:, :, t, None, :]                 # kᵀ v: (B, H, D, D)
         y.append(r[:, :, t, None, :] @ (S + u[..., None] * new))        # (B, H, 1, D)
         S = w[:, :, t, :, None].exp() * S + new
     return torch.cat(y, 2), S

@@ -99,8 +99,8 @@ SIZES = {                                    # 0 ends a text in both vocabularie
 def previous(x: Tensor, last: Tensor | None) -> Tensor:
     """(B, T, C) -> (B, T, C): at each position the vector of the token before ("token shift").
 
-    The first position reads `last` (B, C), which is overwritten with the last of x, or zeros.
-    Earlier tokens are constants: gradients flow only into x.
+    Before the first comes `last` (B, C), or 0 if it is None; the last of x overwrites it. Earlier
+    tokens are constants: gradients flow only into x.
     """
     if last is None:
         return F.pad(x, (0, 0, 1, -1))

@@ -69,7 +69,7 @@ class RWKV5Config:
     head_size: int = 64
     dim_ffn: int = 3584
     version: str = "5.2"                     # or "5.0", "5.1": see above
-    group_norm_eps: float = 64e-5            # 1e-5 * head_size_divisor ** 2, which is 8
+    group_norm_eps: float = 64e-5            # as the authors: y / 8 is normed with 1e-5
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -105,8 +105,8 @@ SIZES = {
 def previous(x: Tensor, last: Tensor | None) -> Tensor:
     """(B, T, C) -> (B, T, C): at each position the vector of the token before ("token shift").
 
-    The first position reads `last` (B, C), which is overwritten with the last of x, or zeros.
-    Earlier tokens are constants: gradients flow only into x.
+    Before the first comes `last` (B, C), or 0 if it is None; the last of x overwrites it. Earlier
+    tokens are constants: gradients flow only into x.
     """
     if last is None:
         return F.pad(x, (0, 0, 1, -1))
@@ -124,7 +124,7 @@ def wkv5_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
     """
     S, y = S0, []
     for t in range(r.shape[2]):
-        new = k[:, :, t, :, None] * v[:, :, t, None, :]                 # (B, H, D, D)
+        new = k[:, :, t, :, None] * v[:, :, t, None, :]                 # kᵀ v: (B, H, D, D)
         y.append(r[:, :, t, None, :] @ (S + u[..., None] * new))        # (B, H, 1, D)
         S = w.exp()[..., None] * S + new
     return torch.cat(y, 2), S

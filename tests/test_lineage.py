@@ -18,7 +18,7 @@ from lineage.rwkv2 import wkv2, wkv2_loop
 from lineage.rwkv3 import wkv3, wkv3_loop
 from lineage.rwkv4 import wkv4, wkv4_loop
 from lineage.rwkv5 import wkv5, wkv5_loop
-from train import load_checkpoint
+from train import NextTokenLoss, load_checkpoint
 
 # a model of each kind: its file, and the config fields that make it
 KINDS = {"rwkv2": (rwkv2, {}), "rwkv2 headQK": (rwkv2, dict(head_qk=6, ctx_len=20)),
@@ -499,6 +499,9 @@ def test_headqk_from_hidden_vectors_alone_is_refused(kind):
     with pytest.raises(ValueError, match="call the model itself"):
         model.logits(torch.zeros(1, 3, 32))
     assert model.new_state(1).capacity == model.config.ctx_len
+    batch = {"tokens": some_tokens(1, 9), "targets": some_tokens(1, 9)}
+    with pytest.raises(ValueError, match="call the model itself"):      # what train.py does
+        NextTokenLoss(model)(batch)
 
 
 @pytest.mark.parametrize("kind", ["rwkv2 headQK", "rwkv3 headQK"])
@@ -937,6 +940,23 @@ def test_random_damage_to_a_file_raises_nothing_else(golden, file, tmp_path):
             load_checkpoint(tmp_path)
         except (ValueError, OSError) as error:
             assert "\n" not in str(error)
+
+
+# --- what lineage/README.md says ---
+
+def test_the_tables_of_the_readme_are_those_of_the_log(root):
+    readme = (root / "lineage/README.md").read_text(encoding="utf-8")
+    rows = [line for line in (root / "bench/lineage.log").read_text().splitlines()
+            if line.startswith(("| wkv", "| gpt", "| rwkv"))]
+    for row in rows:
+        name, *cells = row.strip("| ").split(" | ")
+        if name.startswith("wkv"):
+            want = f"| `{name}` | " + " | ".join(cells).replace("**x ", "**× ") + " |"
+        else:
+            width, count, loss, bits, _ = cells
+            want = f"| {name} | {width} | {count} | {float(loss):.3f} | {float(bits):.3f} |"
+        assert want in readme, want
+    assert len(rows) == 5 + 6
 
 
 # --- the files alone ---
