@@ -265,13 +265,13 @@ class RWKV2(nn.Module):
             nn.init.orthogonal_(self.head_k.weight, 0.1 * max(self.config.head_qk / C, 1) ** 0.5)
         for i, block in enumerate(self.blocks):
             depth = (i - 1) / max(L - 2, 1)                 # 0 in layer 1, to 1 in the last one
-            fastest = 3.0 - 1.8 * depth + 0.5 * (i == 1)                # -w of the first channel
-            ratio = {L - 1: 0.37, L - 2: 0.4}.get(i, 0.65 - 0.25 * depth)
+            fastest = 3.0 - 1.8 * depth + (0.5 if i == 1 else 0.0)      # -w of the first channel
+            ratio = 0.37 if i == L - 1 else 0.4 if i == L - 2 else 0.65 - 0.25 * depth
             mix = (h >= C // 2).float()
             att, ffn = block.att, block.ffn
             for parameter, value in (
                     (att.time_mix, mix),
-                    (att.time_decay, (math.log(fastest) + 7 * ramp * math.log(ratio))[:, None]),
+                    (att.time_decay, (fastest * ratio ** (7 * ramp)).log()[:, None]),
                     (att.time_first, torch.tensor(math.log(0.3))),
                     (ffn.time_mix, mix)):
                 parameter.copy_(value)
