@@ -4,17 +4,20 @@
 The model files let torch, safetensors and json raise what they raise; here it becomes one line.
 Then what a run directory holds: what readers open, and resume/resume.pt.
 """
+import collections
 import contextlib
 import dataclasses
 import functools
 import io
 import difflib
+import fnmatch
 import importlib
 import json
 import os
 import pickle
 import re
 import struct
+import sys
 import tempfile
 import time
 import typing
@@ -57,6 +60,55 @@ RWKVS = (                                    # the first whose pattern a name an
 )
 
 
+BY_TRANSFORMERS = "transformers' AutoModelForCausalLM.from_pretrained(DIR{}).save_pretrained(NEW)"
+OTHERS = (                   # pattern of the name, first bytes, what it is, what converts it
+    ("lit_model*", b"", "of litgpt", "litgpt convert_from_litgpt DIR NEW"),
+    ("*", b"GGUF", "a GGUF file", BY_TRANSFORMERS.format(", gguf_file=FILE")),
+    ("*", b"lmgg", "a ggml file", "llama.cpp's convert_llama_ggml_to_gguf.py, then transformers"),
+    ("*", b"tjgg", "a ggml file", "llama.cpp's convert_llama_ggml_to_gguf.py, then transformers"),
+    ("*.bin", struct.pack("<i", 20240326), "of llm.c", "its dev/eval/export_hf.py"),
+    ("*.bin", struct.pack("<I", 0x616b3432), "of llama2.c", "its export.py --hf, from the .pt"),
+    ("*.npz", b"", "of numpy or MLX", "mlx_lm.convert, which writes safetensors"),
+    ("model.ckpt*", b"", "of TensorFlow",
+     "transformers 4: convert_gpt2_original_tf_checkpoint_to_pytorch.py"),
+    ("tf_model*", b"", "of TensorFlow", "transformers 4: "
+     + BY_TRANSFORMERS.format(", from_tf=True")),
+    ("flax_model*", b"", "of Flax", "transformers 4: "
+     + BY_TRANSFORMERS.format(", from_flax=True")),
+    ("zero_pp_rank*", b"", "of DeepSpeed's ZeRO", "zero_to_fp32.py, which DeepSpeed puts beside it"),
+    ("*.distcp", b"", "of torch.distributed.checkpoint",
+     "python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE"),
+)
+
+
+def refuse_others(path: Path) -> None:
+    """ValueError that names a format which is not read here, and what converts it."""
+    ours = ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth", "original")
+    if path.is_dir() and any(not file.name.startswith(("lit_model", "zero_pp_rank"))
+                             for pattern in ours for file in path.glob(pattern)):
+        return
+    for file in [path] if path.is_file() else sorted(filter(Path.is_file, path.rglob("*"))):
+        with open(file, "rb") as opened:
+            begin = opened.read(4)
+        for pattern, magic, what, tool in OTHERS:
+            if begin.startswith(magic) and fnmatch.fnmatch(file.name, pattern):
+                raise ValueError(f"{file} is {what}, which is not read here: {tool} converts it")
+
+
+def refuse_quantised(folder: Path, stated: dict) -> None:
+    """ValueError for weights of few bits (GPTQ, AWQ, bitsandbytes, FP8, MLX), by the configs."""
+    for file, name in (("config.json", "quantization_config"), ("config.json", "quantization"),
+                       ("quantize_config.json", "bits"), ("quant_config.json", "w_bit")):
+        found = (stated if file == "config.json" else read_json(folder / file)).get(name)
+        if found is not None:
+            method = found.get("quant_method", "MLX" if name == "quantization" else "") \
+                if isinstance(found, dict) else f"{found} bits"
+            raise ValueError(f"{folder}/{file} has {name}: quantised weights ({method}) are not "
+                             "read here; take the model that they were made of"
+                             + (", or mlx_lm.convert --dequantize" if method == "MLX" else
+                                ", or where transformers can, its model.dequantize()"))
+
+
 def identify_rwkv(path: Path) -> str:
     """Which RWKV a .pth holds, or the one in a folder: names and shapes of its tensors tell."""
     files = sorted(path.glob("*.pth")) if path.is_dir() else [path]
@@ -66,6 +118,8 @@ def identify_rwkv(path: Path) -> str:
     if not files:
         raise FileNotFoundError(f"{path} has no config.json that names a model of ours, nor a .pth")
     tensors = read_pickle(files[0])
+    for key in ("model", "state_dict", "model_state_dict", "module"):       # around the weights
+        tensors = tensors[key] if isinstance(tensors.get(key), dict) else tensors
     lines = [f"{name} {tuple(getattr(tensor, 'shape', ()))}" for name, tensor in tensors.items()]
     found = next((what for pattern, what in RWKVS
                   if any(re.search(pattern, line) for line in lines)),
@@ -84,15 +138,24 @@ def identify(path: Path) -> str:
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
         raise ValueError(f"{path} is an adapter: python finetune.py --merge --init-from {path} "
                          "--out NEW makes a checkpoint of it")
+    refuse_others(path)
     folder = path if path.is_dir() else path.parent
-    if path.suffix == ".pt" or (path / "ckpt.pt").exists():
+    nanogpt = path / "ckpt.pt" if path.is_dir() else path
+    if nanogpt.suffix == ".pt" and nanogpt.exists() and "model_args" in read_pickle(nanogpt):
+        beside = [*path.glob("model*.safetensors"), *path.glob("pytorch_model*.bin")]
+        if beside:
+            raise ValueError(f"{path} holds ckpt.pt and {beside[0].name}: give the path of one")
         return "gpt"
-    meta = (folder / "params.json").exists() or any(folder.glob("consolidated.*.pth"))
-    if meta and not (folder / "config.json").exists():
+    places = [folder / place for place in ("", "original", "original/mp8", "original/mp16")]
+    if not (folder / "config.json").exists() and (path.is_dir() or "consolidated" in path.name) \
+            and any((place / name).exists() for place in places
+                    for name in ("params.json", "consolidated.00.pth")):
         return "llama3"
     stated = None
     if (folder / "config.json").exists() and path.suffix != ".pth":
-        stated = read_json(folder / "config.json").get("model_type")
+        config = read_json(folder / "config.json")
+        refuse_quantised(folder, config)
+        stated = config.get("model_type")
         if stated not in MODEL_TYPES:
             raise ValueError(f"{folder}/config.json is of model_type {stated!r}, none of "
                              + ", ".join(MODEL_TYPES))
@@ -123,18 +186,73 @@ def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrid
     path = locate(path)
     with readable(path):
         name = identify(path)
-    with readable(path, re.sub(r"(RWKV)", r"\1-", MODELS[name][1])):
+    with readable(path, re.sub(r"(RWKV)", r"\1-", MODELS[name][1])), numpy_values():
         model_class, config_class, _ = model_parts(name)
-        folder = path if path.is_dir() else path.parent
-        if (folder / "config.json").exists():
-            stated = read_json(folder / "config.json")                  # null: not stated
-            check_fields(config_class, {name: value for name, value in stated.items()
-                                        if value is not None}, folder / "config.json")
+        file = path / "config.json" if path.is_dir() else path.with_name("config.json")
+        stated = read_json(file)                                        # null: not stated
+        check_fields(config_class, {field: value for field, value in stated.items()
+                                    if value is not None}, file)
         unknown = set(overrides) - {spec.name for spec in dataclasses.fields(config_class)}
         if unknown:
             raise ValueError(f"{config_class.__name__} has no field {', '.join(sorted(unknown))}")
         check_fields(config_class, overrides, config_class.__name__)
-        return model_class.from_pretrained(path, device, dtype, **overrides)
+        model = model_class.from_pretrained(path, device, dtype, **overrides)
+    if not name.startswith("rwkv"):          # RWKV has fp32 parameters in bf16 files by design
+        unite_dtypes(model, path, str(stated.get("dtype") or stated.get("torch_dtype")))
+    return model
+
+
+def unite_dtypes(model: torch.nn.Module, path: Path, stated: str) -> None:
+    """All parameters in one dtype, if they have several, and say so: in the one that config.json
+    states, as transformers does, else in the one that most weights have."""
+    sizes = collections.Counter()
+    for parameter in model.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    if len(sizes) > 1:
+        dtype = getattr(torch, stated.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            dtype = max(sizes, key=sizes.get)
+        model.to(dtype)                      # one parameter at a time: one copy in memory
+        stored = ", ".join(f"{size:,} {kind}" for kind, size in sizes.most_common())
+        print(f"{path} holds weights of several dtypes ({stored}): all became {dtype}".replace(
+            "torch.", ""), file=sys.stderr)
+
+
+class NumpyDtype:
+    """Stands for numpy's dtype while a pickle is read: a code like f8, and a byte order."""
+
+    def __init__(self, code: str, *_):
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: tuple):
+        self.order = ">" if state[1] == ">" else "="
+
+
+class NumpyArray:
+    """Stands for an array beside the weights, such as the state of a generator: it is not kept."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state: tuple):
+        pass
+
+
+def numpy_number(dtype: NumpyDtype, data: bytes):
+    """The Python number that a pickled scalar of numpy is; None for what is no number."""
+    if re.fullmatch(r"b1|[iuf][1248]", dtype.code):
+        return np.frombuffer(data, dtype.order + dtype.code)[0].item()
+
+
+def numpy_values():
+    """Lets torch.load read files with numpy's scalars in them (losses, rates); none of numpy's
+    own code runs on what the file says."""
+    names = {"dtype": NumpyDtype, "ndarray": NumpyArray}
+    for core in ("core", "_core"):
+        names |= {f"{core}.multiarray.scalar": numpy_number,
+                  f"{core}.multiarray._reconstruct": NumpyArray}
+    return torch.serialization.safe_globals(
+        [(stands_for, f"numpy.{name}") for name, stands_for in names.items()])
 
 
 @contextlib.contextmanager
@@ -155,11 +273,21 @@ def readable(path: Path, kind: str = ""):
     except tuple(damage) as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
-        reason = re.sub(r"\x1b\[[\d;]*m", "", " ".join(str(error).split()))[:300]
+        reason = re.sub(r"\x1b\[[\d;]*m", "", " ".join(str(error).split()))
+        foreign = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", reason)
+        reason = re.sub(r"Weights only load failed.*?(error: |$)|(In PyTorch 2.6|Please file).*",
+                        "", reason)[:300]                               # torch's advice
         pointers = [file for file in ([path] if path.is_file() else sorted(path.glob("*.*")))
                     if is_pointer(file)]
         if pointers:
             reason = f"{pointers[0]} is a pointer to the weights: run `git lfs pull` to get them"
+        elif foreign and foreign[1].rpartition(".")[2][:1].isupper():
+            reason = (f"{path} holds an object of the class {foreign[1]}, and nothing in a file is "
+                      "executed here: where it was made, save the weights alone, "
+                      "torch.save(model.state_dict(), FILE)")
+        elif foreign:
+            reason = (f"{path} is damaged, or no file of tensors: it would call {foreign[1]}, and "
+                      "nothing in a file is executed here")
         elif isinstance(error, OSError) and error.filename:
             reason = f"{error.filename}: {error.strerror}"
         elif "loading state_dict" in reason:
@@ -236,7 +364,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def read_pickle(path: Path) -> dict:
     """The dict in a file of torch.save, mapped into memory; nothing in it is executed."""
-    with readable(path):
+    with readable(path), numpy_values():
         content = torch.load(path, map_location="cpu", weights_only=True,
                              mmap=zipfile.is_zipfile(path))             # no zip before torch 1.6
         if not isinstance(content, dict):

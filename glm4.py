@@ -46,6 +46,7 @@ import itertools
 import json
 import math
 import os
+import re
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -437,7 +438,7 @@ class GLM4(nn.Module):
         if config.tie_word_embeddings:       # one Parameter, two names; a head of its own wins
             table = weights["model.embed_tokens.weight"]
             head = weights.get("lm_head.weight", table)
-            config = replace(config, tie_word_embeddings=head is table or torch.equal(head, table))
+            config = replace(config, tie_word_embeddings=torch.equal(head.to(table.dtype), table))
             weights["lm_head.weight"] = table if config.tie_word_embeddings else head
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(config)
@@ -449,6 +450,9 @@ class GLM4(nn.Module):
         Glm4 with `sandwich_norms`, else of Glm, in which ChatGLM3 runs unchanged."""
         from safetensors.torch import save_file
         weights, stated = Path(directory, "model.safetensors"), Path(directory, "config.json")
+        for older in ("ckpt.pt", "consolidated.00.pth", "model.safetensors.index.json"):
+            if Path(directory, older).exists():
+                raise ValueError(f"{directory} holds {older}, which would be read: move it away")
         weights.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         if self.config.tie_word_embeddings:
@@ -523,8 +527,22 @@ def read_tensors(path: Path):
         else:                                # a pickle; torch before 1.6 wrote it without a zip
             content = torch.load(file, map_location="cpu", weights_only=True,
                                  mmap=zipfile.is_zipfile(file))
+            for key in ("model", "state_dict", "model_state_dict", "module"):     # around them
+                content = content[key] if isinstance(content.get(key), dict) else content
             for name in names or content:
                 yield name, content[name]
+
+
+def unwrapped(tensors):
+    """Yield (name, tensor) without the prefixes of what wraps models: AutoModel's `model.` (absent,
+    or twice), `module.` of DDP, `_orig_mod.`, `_forward_module.` and others of compile and FSDP."""
+    seen = set()
+    for name, tensor in tensors:
+        name = re.sub(r"^((model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name)
+        if name in seen:
+            raise ValueError(f"{name} is there twice, behind different prefixes: which is meant?")
+        seen.add(name)
+        yield name, tensor
 # --- end of read_tensors ---
 
 
@@ -535,8 +553,8 @@ FIELDS = {                                   # config.json of the original layou
     "layernorm_epsilon": "rms_norm_eps", "add_qkv_bias": "attention_bias",
 }
 RENAMED = {                                  # in its names of tensors: in ours, Hugging Face's
-    "transformer.embedding.word_embeddings": "model.embed_tokens", "transformer.encoder": "model",
-    "transformer.output_layer": "lm_head", "final_layernorm": "norm",
+    "embedding.word_embeddings": "embed_tokens", "encoder.": "", "output_layer": "lm_head",
+    "final_layernorm": "norm",
     "self_attention.dense": "self_attn.o_proj", "self_attention": "self_attn",
     "dense_h_to_4h": "gate_up_proj", "dense_4h_to_h": "down_proj",
 }
@@ -567,13 +585,14 @@ def to_config(stated: dict) -> GLM4Config:
 def to_ours(tensors, config: GLM4Config):
     """Yield (our name, our tensor) for each published one."""
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    for name, tensor in tensors:
+    for name, tensor in unwrapped(tensors):
         for theirs, ours in RENAMED.items():
             name = name.replace(theirs, ours)
+        name = name if name.startswith("lm_head.") else f"model.{name}"
         if "query_key_value" in name:                                   # the rows of q, of k, of v
             for letter, part in zip("qkv", tensor.tensor_split((H * D, (H + K) * D))):
                 yield name.replace("query_key_value", f"{letter}_proj"), part
-        elif name != "transformer.rotary_pos_emb.inv_freq":             # saved, never used
+        elif name != "model.rotary_pos_emb.inv_freq":                   # saved, never used
             yield name, tensor
 
 

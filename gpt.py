@@ -39,6 +39,7 @@ import itertools
 import json
 import math
 import os
+import re
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -374,11 +375,15 @@ class GPT(nn.Module):
         """
         path = Path(path, "ckpt.pt") if Path(path, "ckpt.pt").exists() else Path(path)
         config, tensors = read_nanogpt(path) if path.suffix == ".pt" else read_hugging_face(path)
-        with torch.device("meta"):                                      # shapes, no memory
-            model = cls(replace(config, **overrides))
+        config = replace(config, **overrides)
         weights = {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors}
-        if model.config.tie_word_embeddings:                            # one Parameter, two names
-            weights["lm_head.weight"] = weights.get("wte.weight")
+        if config.tie_word_embeddings:       # one Parameter, two names; a head of its own wins
+            table = weights["wte.weight"]
+            head = weights.get("lm_head.weight", table)
+            config = replace(config, tie_word_embeddings=torch.equal(head.to(table.dtype), table))
+            weights["lm_head.weight"] = table if config.tie_word_embeddings else head
+        with torch.device("meta"):                                      # shapes, no memory
+            model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)
         return model.eval()
 
@@ -386,6 +391,9 @@ class GPT(nn.Module):
         """Write model.safetensors and config.json in the Hugging Face layout, each as a whole."""
         from safetensors.torch import save_file
         weights, stated = Path(directory, "model.safetensors"), Path(directory, "config.json")
+        for older in ("ckpt.pt", "consolidated.00.pth", "model.safetensors.index.json"):
+            if Path(directory, older).exists():
+                raise ValueError(f"{directory} holds {older}, which would be read: move it away")
         weights.parent.mkdir(parents=True, exist_ok=True)
         config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
                   "torch_dtype": str(self.wte.weight.dtype).removeprefix("torch."),
@@ -456,8 +464,22 @@ def read_tensors(path: Path):
         else:                                # a pickle; torch before 1.6 wrote it without a zip
             content = torch.load(file, map_location="cpu", weights_only=True,
                                  mmap=zipfile.is_zipfile(file))
+            for key in ("model", "state_dict", "model_state_dict", "module"):     # around them
+                content = content[key] if isinstance(content.get(key), dict) else content
             for name in names or content:
                 yield name, content[name]
+
+
+def unwrapped(tensors):
+    """Yield (name, tensor) without the prefixes of what wraps models: AutoModel's `model.` (absent,
+    or twice), `module.` of DDP, `_orig_mod.`, `_forward_module.` and others of compile and FSDP."""
+    seen = set()
+    for name, tensor in tensors:
+        name = re.sub(r"^((model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name)
+        if name in seen:
+            raise ValueError(f"{name} is there twice, behind different prefixes: which is meant?")
+        seen.add(name)
+        yield name, tensor
 # --- end of read_tensors ---
 
 
@@ -477,19 +499,30 @@ def read_hugging_face(path: Path):
 
 
 def read_nanogpt(path: Path):
-    """(config, tensors) of nanoGPT's ckpt.pt. Its GELU is the exact one (since its PR #274)."""
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    stated, p = content["model_args"], content["model_args"].get("dropout", 0.0)
-    config = GPTConfig(stated["vocab_size"], stated["block_size"], stated["n_embd"],
-                       stated["n_layer"], stated["n_head"], 4 * stated["n_embd"], "gelu",
+    """(config, tensors) of nanoGPT's ckpt.pt; of another .pt, a state dict beside a config.json.
+
+    GELU: the tanh form before `bias` came (January 2023), the exact one since June 2023 (its PR
+    #274). Between, the file does not tell: override activation_function="gelu_new".
+    """
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if "model_args" not in content:
+        return read_hugging_face(path)
+    stated, tensors = content["model_args"], dict(to_ours(content["model"].items(), False))
+    unknown = set(stated) - {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout",
+                             "bias"}
+    if unknown:                              # a fork's, which may stand for other mathematics
+        raise ValueError(f"{path} has model_args that nanoGPT does not know: {sorted(unknown)}")
+    p, V = stated.get("dropout", 0.0), stated.get("vocab_size", len(tensors["wte.weight"]))
+    config = GPTConfig(V, stated["block_size"], stated["n_embd"], stated["n_layer"],
+                       stated["n_head"], 4 * stated["n_embd"],
+                       "gelu" if "bias" in stated else "gelu_new",
                        bias=stated.get("bias", True), embd_pdrop=p, attn_pdrop=p, resid_pdrop=p)
-    return config, to_ours(content["model"].items(), transposed=False)
+    return config, tensors.items()
 
 
 def to_ours(tensors, transposed: bool):
     """Yield (our name, our tensor) for each published one but the buffers of masks."""
-    for name, tensor in tensors:
-        name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
+    for name, tensor in unwrapped(tensors):
         if not name.endswith((".attn.bias", ".attn.masked_bias")):
             turned = transposed and name.startswith("h.") and tensor.dim() == 2
             yield name, tensor.t().contiguous() if turned else tensor

@@ -464,6 +464,9 @@ class RWKV3(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write model.pth in the official layout and config.json, each as a whole."""
         weights, stated = Path(directory, "model.pth"), Path(directory, "config.json")
+        others = [file.name for file in weights.parent.glob("*.pth") if file != weights]
+        if others:                           # one of several: which, a reader could not tell
+            raise ValueError(f"{directory} holds {', '.join(others)}: save into another folder")
         weights.parent.mkdir(parents=True, exist_ok=True)
         config = {"architectures": ["RWKV3"], "model_type": "rwkv3", "tie_word_embeddings": False,
                   "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
