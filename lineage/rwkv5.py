@@ -383,29 +383,34 @@ class RWKV5(nn.Module):
         drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
         c, context = self.config, self.config.context or math.inf
+        stop = c.eos_token_id if stop is None else stop
+        stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
+        for tokens in (*prompts, stop):
+            if not isinstance(tokens, (list, tuple, set)) or not {*map(type, tokens)} <= {int}:
+                raise ValueError("expected prompts as a list of lists of ints, stop as an int or a "
+                                 f"list of ints, found {tokens!r:.10}")
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
         low, high = min(map(min, prompts)), max(map(max, prompts))
         if low < 0 or high >= c.vocab_size:
             raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
                              f"{c.vocab_size - 1}: is this the model's own tokenizer?")
-        if (max_new_tokens < 0 or not temperature >= 0 or (top_k is not None and top_k < 1)
-                or (top_p is not None and not 0 <= top_p <= 1)):
+        if not (max_new_tokens >= 0 and temperature >= 0 and (top_k is None or top_k >= 1)
+                and (top_p is None or 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        needed = past + max(len(p) + max(limit - 1, 0) for p, limit in zip(prompts, limits))
+        longest = past + max(map(len, prompts))
+        needed = max(longest, min(longest + max_new_tokens, context) - 1)   # the last is not fed
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
             raise ValueError(f"{len(prompts)} prompts and a state of {len(state.position)} rows: "
                              "continuing a state takes one of each")
-        if needed > min(context, state.capacity):
+        if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        stop = c.eos_token_id if stop is None else stop
-        stop = [stop] if stop is None or isinstance(stop, int) else stop
+        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -424,9 +429,8 @@ class RWKV5(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # ended rows are fed again, into their last slot
-                    ended = [row not in active for row in order]
-                    state.position.sub_(state.position.new_tensor(ended))
+                if active:                   # rows that ended are fed too, into slots that exist
+                    state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
             for module, mode in modes.items():
@@ -491,15 +495,18 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     Ties with the k-th largest stay. top-p keeps the most likely tokens up to and including the one
     that crosses p, as Meta's code does. What is left need not sum to 1.
     """
-    logits = logits / temperature
+    logits = logits / max(temperature, 1e-20)           # below that: greedy, without overflow
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[:, -1:]                         # (B, 1)
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        falling, order = probs.sort(dim=-1, descending=True, stable=True)
-        beyond = falling.cumsum(-1) - falling > top_p                   # the mass before it is > p
-        probs = probs.scatter(-1, order, falling.masked_fill(beyond, 0.0))
+        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        for row in probs:                                               # (V,), few of them not 0
+            likely = row.nonzero()[:, 0]
+            falling, order = row[likely].sort(descending=True, stable=True)
+            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
     return probs
 
 
