@@ -50,8 +50,9 @@ SHAPES = {  # key of the prompt -> keys where the reply may stand; the first tha
     "question": ("answer", "response", "output", "completion"),
     "query": ("response", "answer", "output", "completion"),
     "input": ("output", "response", "answer", "completion")}
-ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant",
-         "bot": "assistant", "model": "assistant"}
+ROLES = {role: role for _, roles, *_ in CHAT_FORMATS.values() for role in roles} | {
+    "human": "user", "prompter": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot", "ai"), "assistant")}
 WEIGHTS = ("weight", "train", "loss_mask")      # whether a row, or a message, is learnt
 OURS = {*SHAPES, *(key for keys in SHAPES.values() for key in keys), *WEIGHTS, "system", "tools",
         "system_prompt", "history", "context", "chosen", "rejected", "text", "label"}
@@ -199,7 +200,9 @@ def message(found, n: int, notices: Notices) -> dict:
         content = "".join(parts) if all(isinstance(part, str) for part in parts) else content
     if not isinstance(role, str) or not isinstance(content, str):
         raise ValueError(f"message {n} needs a role and content (text): {found!r:.150}")
-    made = {"role": ROLES.get(role.lower(), role.lower()), "content": content}
+    if role.lower() not in ROLES:
+        raise ValueError(f"message {n} has the role {role!r}: known are {', '.join(ROLES)}")
+    made = {"role": ROLES[role.lower()], "content": content}
     if (weight := weight_of(found, "loss")) is not None:
         made["weight"] = weight
     for key, value in found.items():
