@@ -298,14 +298,14 @@ def test_a_csv_field_may_be_long(tmp_path):
 
 
 def test_every_label_is_held_out_in_the_same_part():
-    rows = [{"text": str(i), "label": label} for label, count in (("a", 60), ("b", 20)) for i in range(count)]
+    rows = [{"rows": [str(i)], "label": label} for label, count in (("a", 60), ("b", 20)) for i in range(count)]
     settings = finetune.Settings(task="classify", hold_out=0.2)
     learn, held = finetune.split(list(rows), settings)
     assert [sum(row["label"] == label for row in held) for label in "ab"] == [12, 4]
     assert len(learn) == 64 and not [row for row in learn if row in held]
     learn, held = finetune.split(list(rows), finetune.Settings(task="classify", hold_out=0.2, balance=True))
     assert [sum(row["label"] == label for row in learn + held) for label in "ab"] == [20, 20]
-    learn, held = finetune.split([*rows, {"text": "alone", "label": "c"}], settings)
+    learn, held = finetune.split([*rows, {"rows": ["alone"], "label": "c"}], settings)
     assert [row["label"] for row in learn].count("c") == 1 and "c" not in [row["label"] for row in held]
 
 
@@ -755,7 +755,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(base, tmp_path, capsys):
     assert "bad.jsonl, line 2: not JSON" in sft("--data", files(b'{"a": 1}\n{"a"'))
     assert "bad.jsonl: " in sft("--data", files(b"\xff\xfe\xff"))
     assert "line 1: an object is needed" in sft("--data", files(b"[1, 2]"))
-    assert 'bad.jsonl, line 2 has a: it needs a text "prompt"' in sft(
+    assert 'bad.jsonl, line 2: it has a: it needs "prompt" and "completion"' in sft(
         "--data", files(b'{"prompt": "x", "completion": "y"}\n{"a": 1}'))
     assert "bad.jsonl, line 1: message 0 needs a role" in sft("--data", files(b'{"messages": [{"role": "x"}]}'))
     assert ".jsonl" in sft("--data", files(b"text", "bad.docx"))
@@ -768,11 +768,11 @@ def test_a_mistake_is_one_line_that_says_what_to_do(base, tmp_path, capsys):
         b'{"prompt": "x", "completion": "y"}'))
     classify = ("--task", "classify", "--init-from", base("gpt"), *QUICK)
     assert "has no head" in refused(capsys, *classify, "--predict", files(b"a\n", "a.txt"))
-    assert 'line 2 has no "label"' in refused(capsys, *classify, "--data", files(b"text,lab\nhello,a\nx,b\n", "b.csv"))
-    assert 'line 3 has no "label"' in refused(capsys, *classify, "--data", files(b"text,label\nhello,a\nx\n", "b.csv"))
+    assert 'line 2: it has text, lab: it needs "label"; other names: --columns label=lab' in refused(capsys, *classify, "--data", files(b"text,lab\nhello,a\nx,b\n", "b.csv"))
+    assert "line 3: 1 fields instead of 2 (text, label)" in refused(capsys, *classify, "--data", files(b"text,label\nhello,a\nx\n", "b.csv"))
     assert "two labels are needed, there is a" in refused(capsys, *classify, "--data", files(b"text,label\nb, a\nx,a\n", "b.csv"))
     assert "two labels are needed, there is none" in refused(capsys, *classify, "--data", files(b"text,label\n", "b.csv"))
-    assert 'it needs a text "text"' in refused(capsys, *classify, "--data", files(b"label,mail\nham,x\nspam,y\n", "a.csv"))
+    assert 'it has label, mail: it needs "text"; other names: --columns text=mail' in refused(capsys, *classify, "--data", files(b"label,mail\nham,x\nspam,y\n", "a.csv"))
     assert "needs --reward" in refused(capsys, "--task", "grpo", "--init-from", base("gpt"), "--data", tmp_path / "bad.jsonl")
     grpo = ("--task", "grpo", "--init-from", base("gpt"), *QUICK, "--data", files(
         b'{"prompt": "a"}\n{"prompt": "b"}'), "--reward")
