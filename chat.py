@@ -572,15 +572,16 @@ def answer_file(source: Path, target: Path, batch_size: int, conversation: Conve
                 prompts = [ids for _, ids in jobs[first:first + batch_size]]
                 answer_batch(prompts, conversation, first, write)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{written:,} of {len(jobs):,} are answered in {target}, and "
-                                    "the same command goes on" if written else "") from None
+            there = max(written, done)
+            raise KeyboardInterrupt(f"{there:,} of {len(jobs):,} are answered in {target}, and "
+                                    "the same command goes on" if there else "") from None
         finally:
-            if not file.tell():
+            if not file.tell():              # nothing is in it
                 target.unlink()
 
 
 def answer_batch(prompts: list[list[int]], conversation: Conversation, number: int, write) -> None:
-    """Answer prompts together; write(ids) gets each answer once it and those before it are ended."""
+    """Answer prompts together; write(ids) gets each answer once it and those before it ended."""
     drawn, ended, written = [[] for _ in prompts], set(), 0
 
     def end(rows):

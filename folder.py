@@ -88,8 +88,9 @@ class Place:
             if chosen[name] is None:
                 chosen[name] = stated.get(name, default)
                 if name in stated and not possible(name, chosen[name]):
+                    flag = f"--{name.replace('_', '-')}"
                     raise ValueError(f"{file}: {name} is {chosen[name]!r}, it must be "
-                                     f"{LIMITS[name]}; --{name.replace('_', '-')} decides otherwise")
+                                     f"{LIMITS[name]}; {flag} decides otherwise")
         return chosen, note
 
 
@@ -215,8 +216,9 @@ def describe(path: Path, tell):
     weights, context = list(model.parameters()), model.config.context
     tell("sizes", f"{sum(p.numel() for p in weights):,} parameters: {model.config}")
     state = sum(tensor.nbytes for tensor in model.new_state(1, context or 1))
-    tell("memory", f"{gb(sum(p.nbytes for p in weights))} for the weights, {gb(state)} for the past, "
-         f"of {f'{context:,} tokens (the context)' if context else 'any length'}")
+    length = f"{context:,} tokens (the context)" if context else "any length"
+    tell("memory", f"{gb(sum(p.nbytes for p in weights))} for the weights, {gb(state)} for the "
+         f"past, of {length}")
     return model
 
 
@@ -266,8 +268,9 @@ def inspect(args) -> int:
         if model:
             stops |= {*eos_tokens(model.config)}
             check_vocabulary(model.config, tokenizer)
-        told = [f"{id} {tokenizer.decode([id])!r}" for id in sorted(stops)[:8]]
-        tell("stops at", ", ".join(told) + (f" and {len(stops) - 8} more" if len(stops) > 8 else ""))
+        told = [f"{id} {tokenizer.decode([id])!r}" for id in sorted(stops)]
+        more = f" and {len(told) - 8} more" if told[8:] else ""
+        tell("stops at", ", ".join(told[:8]) + more)
     with attempt("sampling"):
         tell("sampling", told_sampling(*place.sampling(args)))
     return status
