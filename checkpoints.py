@@ -263,7 +263,7 @@ def readable(path: Path, kind: str = ""):
     raise for such files, and no others: a fault of ours should not read as a damaged file.
     """
     damage = [OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
-              ArithmeticError, AssertionError, pickle.UnpicklingError, struct.error,
+              ArithmeticError, AssertionError, re.error, pickle.UnpicklingError, struct.error,
               zipfile.BadZipFile]
     with contextlib.suppress(ImportError):
         from safetensors import SafetensorError
