@@ -594,8 +594,9 @@ def answer_batch(prompts: list[list[int]], conversation: Conversation, number: i
 
     def hear(row, id):
         drawn[row].append(id)
-        if id in conversation.stops or conversation.stop_texts and conversation.is_ended(
-                conversation.tokenizer.decode(drawn[row])):
+        if (id in conversation.stops or len(drawn[row]) == conversation.max_new_tokens
+                or conversation.stop_texts
+                and conversation.is_ended(conversation.tokenizer.decode(drawn[row]))):
             end([row])
             if len(ended) == len(prompts):
                 raise Stop

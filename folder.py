@@ -210,7 +210,8 @@ def describe(path: Path, tell):
             stored |= (new := stored_tensors(file))
             count += len(new)
             for tensor in new.values():
-                kinds[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+                if tensor.is_floating_point() or tensor.dtype == torch.int8:      # no masks
+                    kinds[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
     shares = [f"{kind} ({n / kinds.total():.1%} of the numbers)" for kind, n in kinds.most_common()]
     tell("stored as", f"{plural(count, 'tensor')}, {', '.join(shares if shares[1:] else kinds)}")
     model = load_shapes(path, stored)

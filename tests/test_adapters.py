@@ -8,13 +8,13 @@ import pytest
 import torch
 from helpers import assert_close
 from safetensors.torch import load_file, save_file
-from test_chat import assert_fails, make_model, make_tokenizer, scratch, start
+from test_chat import assert_fails, make_model, make_tokenizer, scratch, start, write_world
 from torch import nn
 
 import chat
 import lora
 from checkpoints import load_checkpoint
-from tokenizer import Bytes, load_tokenizer
+from tokenizer import load_tokenizer
 
 TOKENS = torch.arange(3, 43)[None]
 SPREAD = {"gpt": ["c_attn", "mlp.c_proj"], "llama3": ["q_proj", "down_proj"],
@@ -255,8 +255,8 @@ def test_a_folder_with_an_adapter_and_a_model_is_refused_until_one_is_named(adap
 
 
 def test_an_adapter_of_a_recurrent_model_just_works(tmp_path):
-    make_model("rwkv6", 257).save_pretrained(tmp_path / "base")
-    Bytes().save(tmp_path / "base")
+    make_model("rwkv6", 273).save_pretrained(tmp_path / "base")
+    write_world(tmp_path / "base")
     expected = make_adapter(tmp_path / "base", tmp_path / "adapter")(TOKENS)
     assert_close(start(tmp_path / "adapter").model(TOKENS), expected, 2e-5)
 
