@@ -443,21 +443,31 @@ def load_resume(asked: str) -> tuple[Path, dict]:
     return out, saved
 
 
+# These change the last bits of a run, not its recipe. (Other data are noticed by their contents.)
+ROUNDING = {"micro_batch", "checkpoint_activations", "device", "dtype", "compile"}
+
+
 def resume_settings(kind: type, saved: dict, asked, given: set[str], out: Path,
                     harmless: set[str]):
-    """The run's own settings; what was given beside --resume may not change the result."""
-    settings = kind(**saved["settings"])
+    """(the run's own settings, with what was given beside --resume; what of that is not exact).
+
+    ValueError for what would change the recipe.
+    """
+    settings, changed = kind(**saved["settings"]), []
     if "steps" in given and settings.steps and asked.steps > settings.steps == saved["step"]:
         raise ValueError(f"--steps {asked.steps} would change the result: {out} is finished and its "
                          "learning rate has fallen; to train on from its weights: --init-from "
                          f"{out} --steps {asked.steps - settings.steps}")
-    for name in given - {"resume"}:
-        if name not in harmless and getattr(asked, name) != getattr(settings, name):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(asked, name)} would change the "
-                             f"result: {out} was started with {getattr(settings, name)}")
-        setattr(settings, name, getattr(asked, name))
+    for name in sorted(given - {"resume"}):
+        value, before = getattr(asked, name), getattr(settings, name)
+        if name in ROUNDING and value != before:
+            changed.append(f"--{name.replace('_', '-')} {value} instead of {before}")
+        elif name not in harmless | {"data", "val"} and value != before:
+            raise ValueError(f"--{name.replace('_', '-')} {value} would change the result: {out} "
+                             f"was started with {before}")
+        setattr(settings, name, value)
     settings.resume, settings.out = str(out), str(out)
-    return settings
+    return settings, changed
 
 
 def saved_tokenizer(saved: dict):

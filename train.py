@@ -672,7 +672,7 @@ def train(settings: Settings, given: set[str]) -> None:
     saved = None
     if settings.resume:
         out, saved = load_resume(settings.resume)
-        settings = resume_settings(Settings, saved, settings, given, out, HARMLESS)
+        settings, changed = resume_settings(Settings, saved, settings, given, out, HARMLESS)
     else:
         check_settings(settings, given)
     run = start_run(settings, STARTED)
@@ -722,8 +722,7 @@ def train(settings: Settings, given: set[str]) -> None:
         scaler.load_state_dict(saved["scaler"])
         step, run.started = saved["step"], time.time() - saved["spent"]
         best = saved.get("best", best)
-        if saved["world"] != run.world:
-            run.say(f"resume     not bit-exactly: started on {saved['world']} processes")
+        say_changes(run, saved, changed)
     if run.rank == 0:
         run.out = out if saved else make_run_directory(settings.out, settings.model)
         settings.out = str(run.out)
@@ -795,6 +794,14 @@ def train(settings: Settings, given: set[str]) -> None:
     measures = check(everything)
     run.log(step=step, **measures, **rivals)
     finish(settings, run, step, measures | rivals)
+
+
+def say_changes(run: Run, saved: dict, changed: list[str]) -> None:
+    """Say what makes a resumed run differ in its last bits from one that was never stopped."""
+    if saved["world"] != run.world:
+        changed = [*changed, f"started on {saved['world']} processes"]
+    if changed:
+        run.say(f"resume     not bit-exactly: {', '.join(changed)}")
 
 
 def take_back(model, run: Run) -> None:

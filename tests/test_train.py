@@ -155,7 +155,8 @@ def test_resume_after_kill_at_any_moment_gives_the_same_bits(corpus, finished, t
         if (out / "resume/resume.pt").exists():
             arguments = ["--resume", str(out)]
         process = subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                                   stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                                   stderr=subprocess.STDOUT,
+                                   env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
         if pause is None:
             output = process.communicate(timeout=200)[0]
             assert process.returncode == 0, output
@@ -579,6 +580,55 @@ def test_a_context_shorter_than_the_prompt_of_samples_is_no_error(corpus, tmp_pa
     arguments = [a if a != "32" or SMALL[i - 1] != "--context" else "2" for i, a in enumerate(SMALL)]
     train.main([*arguments, "--data", str(corpus), "--out", str(tmp_path / "run")])
     assert list(events(tmp_path / "run", "loss")) == [1, 2, 3, 4, 5, 6]
+
+
+class Killed(Exception):
+    """What stands for a kill inside this process."""
+
+
+def kill_at(monkeypatch, step):
+    """Let training be killed before this step, counted from 0, when everything before was saved."""
+    real = train.Batches.__call__
+
+    def batches(self, now):
+        if now == step:
+            raise Killed
+        return real(self, now)
+    monkeypatch.setattr(train.Batches, "__call__", batches)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--micro-batch", "1"], "--micro-batch 1 instead of 4"),
+    (["--checkpoint-activations"], "--checkpoint-activations True instead of False"),
+    (["--dtype", "bfloat16"], "--dtype bfloat16 instead of float32")])
+def test_a_run_goes_on_with_less_memory_or_other_precision_and_says_not_bit_exactly(
+        corpus, finished, tmp_path, monkeypatch, capsys, flags, said):
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            start(corpus, tmp_path / "run", "--save-minutes", 0)
+    capsys.readouterr()
+    train.main(["--resume", str(tmp_path / "run"), *flags])
+    assert f"resume     not bit-exactly: {said}\n" in capsys.readouterr().out
+    losses, whole = events(tmp_path / "run", "loss"), events(finished, "loss")
+    assert losses == pytest.approx(whole, rel=0.02) and list(losses) == list(whole)
+
+
+def test_moved_data_are_the_same_data_and_other_data_are_refused(corpus, finished, tmp_path, monkeypatch, capsys):
+    moved = Path(shutil.copytree(corpus, tmp_path / "moved"))
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            start(moved, tmp_path / "run", "--save-minutes", 0)
+    moved.rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    train.main(["--resume", str(tmp_path / "run"), "--data", str(tmp_path / "elsewhere")])
+    assert "not bit-exactly" not in capsys.readouterr().out
+    assert events(tmp_path / "run", "loss") == events(finished, "loss")
+    assert weights(tmp_path / "run") == weights(finished)
+    (tmp_path / "elsewhere/part_3.py").write_text("new = 1\n")
+    assert_one_line_error(run("train.py", "--resume", tmp_path / "run", "--data", tmp_path / "elsewhere"),
+                          "data have changed")
 
 
 def test_resume_takes_the_file_and_a_finished_run_is_told_what_to_do(finished, tmp_path):
