@@ -73,7 +73,7 @@ OTHERS = (                   # pattern of the name, first bytes, what it is, wha
      + BY_TRANSFORMERS.format(", from_tf=True")),
     ("flax_model*", b"", "of Flax", "transformers 4: "
      + BY_TRANSFORMERS.format(", from_flax=True")),
-    ("zero_pp_rank*", b"", "of DeepSpeed's ZeRO", "zero_to_fp32.py, which DeepSpeed puts beside it"),
+    ("zero_pp_rank*", b"", "of DeepSpeed's ZeRO", "zero_to_fp32.py, which lies beside it,"),
     ("*.distcp", b"", "of torch.distributed.checkpoint",
      "python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE"),
 )
@@ -145,10 +145,11 @@ def identify(path: Path) -> str:
     refuse_others(path)
     folder = path if path.is_dir() else path.parent
     nanogpt = path / "ckpt.pt" if path.is_dir() else path
+    beside = [*path.glob("model*.safetensors"), *path.glob("pytorch_model*.bin")]
+    for name in ("ckpt.pt", "consolidated.00.pth"):
+        if beside and (path / name).exists():
+            raise ValueError(f"{path} holds {name} and {beside[0].name}: give the path of one")
     if nanogpt.suffix == ".pt" and nanogpt.exists() and "model_args" in read_pickle(nanogpt):
-        beside = [*path.glob("model*.safetensors"), *path.glob("pytorch_model*.bin")]
-        if beside:
-            raise ValueError(f"{path} holds ckpt.pt and {beside[0].name}: give the path of one")
         return "gpt"
     places = [folder / place for place in ("", "original", "original/mp8", "original/mp16")]
     if not (folder / "config.json").exists() and (path.is_dir() or "consolidated" in path.name) \
@@ -213,8 +214,8 @@ def unite_dtypes(model: torch.nn.Module, path: Path, stated: str) -> None:
     for parameter in model.parameters():
         sizes[parameter.dtype] += parameter.numel()
     if any(dtype.itemsize == 1 for dtype in sizes):
-        raise ValueError(f"{path} holds weights of 8 bits ({', '.join(map(str, sizes))}): quantised "
-                         "weights are not read here")
+        raise ValueError(f"{path} holds weights of 8 bits ({', '.join(map(str, sizes))}): "
+                         "quantised weights are not read here")
     if len(sizes) > 1:
         dtype = getattr(torch, stated.removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:

@@ -438,8 +438,9 @@ class GLM4(nn.Module):
         if config.tie_word_embeddings:       # one Parameter, two names; a head of its own wins
             table = weights["model.embed_tokens.weight"]
             head = weights.get("lm_head.weight", table)
-            config = replace(config, tie_word_embeddings=torch.equal(head.to(table.dtype), table))
-            weights["lm_head.weight"] = table if config.tie_word_embeddings else head
+            tied = head is table or torch.equal(head.to(table.dtype), table)
+            config = replace(config, tie_word_embeddings=tied)
+            weights["lm_head.weight"] = table if tied else head
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)

@@ -380,8 +380,9 @@ class GPT(nn.Module):
         if config.tie_word_embeddings:       # one Parameter, two names; a head of its own wins
             table = weights["wte.weight"]
             head = weights.get("lm_head.weight", table)
-            config = replace(config, tie_word_embeddings=torch.equal(head.to(table.dtype), table))
-            weights["lm_head.weight"] = table if config.tie_word_embeddings else head
+            tied = head is table or torch.equal(head.to(table.dtype), table)
+            config = replace(config, tie_word_embeddings=tied)
+            weights["lm_head.weight"] = table if tied else head
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -501,8 +502,8 @@ def read_hugging_face(path: Path):
 def read_nanogpt(path: Path):
     """(config, tensors) of nanoGPT's ckpt.pt; of another .pt, a state dict beside a config.json.
 
-    GELU: exact since June 2023 (PR #274), tanh before `bias` came (January 2023). In between the
-    file does not tell that it was tanh: override activation_function="gelu_new".
+    GELU: tanh before `bias` came (January 2023), exact since June 2023 (PR #274); in between it was
+    tanh, which the file does not tell: override activation_function="gelu_new".
     """
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if "model_args" not in content:
@@ -511,9 +512,8 @@ def read_nanogpt(path: Path):
     stated = {"vocab_size": len(tensors["wte.weight"]), **content["model_args"]}
     gelu, p = "gelu" if "bias" in stated else "gelu_new", stated.pop("dropout", 0.0)
     config = GPTConfig(n_positions=stated.pop("block_size"), n_inner=4 * stated["n_embd"],
-                       activation_function=gelu, embd_pdrop=p, attn_pdrop=p, resid_pdrop=p,
-                       **stated)             # a fork's arguments are unknown: a TypeError
-    return config, tensors.items()
+                       activation_function=gelu, embd_pdrop=p, attn_pdrop=p, resid_pdrop=p, **stated)
+    return config, tensors.items()           # GPTConfig does not know the arguments of forks
 
 
 def to_ours(tensors, transposed: bool):

@@ -447,8 +447,9 @@ class Llama3(nn.Module):
         if config.tie_word_embeddings:
             table = weights["model.embed_tokens.weight"]
             head = weights.get("lm_head.weight", table)
-            config = replace(config, tie_word_embeddings=torch.equal(head.to(table.dtype), table))
-            weights["lm_head.weight"] = table if config.tie_word_embeddings else head
+            tied = head is table or torch.equal(head.to(table.dtype), table)
+            config = replace(config, tie_word_embeddings=tied)
+            weights["lm_head.weight"] = table if tied else head
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -597,10 +598,7 @@ META = {    # Meta's name: ours, and the axis along which its shards divide it (
 def meta_shards(path: Path) -> list[Path]:
     """The files consolidated.NN.pth of Meta's layout, in order; [] where another layout is."""
     folder = path.parent if path.suffix == ".pth" else path
-    others = [*path.glob("model*.safetensors*"), *path.glob("pytorch_model*")]
-    if others and (path / "consolidated.00.pth").exists():
-        raise ValueError(f"{path} holds consolidated.00.pth and {others[0].name}: pass one of them")
-    if others:
+    if any(path.glob("model*.safetensors*")) or any(path.glob("pytorch_model*")):
         return []
     for place in (folder, folder / "original", folder / "original/mp8", folder / "original/mp16"):
         if (place / "params.json").exists() or (place / "consolidated.00.pth").exists():
@@ -612,8 +610,7 @@ def meta_shards(path: Path) -> list[Path]:
 def from_meta(shards, dim, n_layers, n_heads, n_kv_heads=None, vocab_size=-1, norm_eps=1e-5,
               rope_theta=None, use_scaled_rope=False, multiple_of=None, ffn_dim_multiplier=None):
     """Our config from the fields of params.json, and from shapes where it does not tell."""
-    first = unwrapped(read_tensors(shards[0]))
-    rows = {name: len(tensor) * len(shards) for name, tensor in first}
+    rows = {name: len(t) * len(shards) for name, t in unwrapped(read_tensors(shards[0]))}
     V, llama2 = rows["output.weight"], vocab_size == -1
     if vocab_size != V and not llama2:
         raise ValueError(f"{V} rows of a vocabulary of {vocab_size}: is one of the shards missing?")
