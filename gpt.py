@@ -512,8 +512,9 @@ def read_nanogpt(path: Path):
     stated = {"vocab_size": len(tensors["wte.weight"]), **content["model_args"]}
     gelu, p = "gelu" if "bias" in stated else "gelu_new", stated.pop("dropout", 0.0)
     config = GPTConfig(n_positions=stated.pop("block_size"), n_inner=4 * stated["n_embd"],
-                       activation_function=gelu, embd_pdrop=p, attn_pdrop=p, resid_pdrop=p, **stated)
-    return config, tensors.items()           # GPTConfig does not know the arguments of forks
+                       activation_function=gelu, embd_pdrop=p, attn_pdrop=p, resid_pdrop=p,
+                       **stated)             # a TypeError for arguments that only forks have
+    return config, tensors.items()
 
 
 def to_ours(tensors, transposed: bool):
