@@ -60,10 +60,10 @@ RWKVS = (                                    # the first whose pattern a name an
 )
 
 
-BY_TRANSFORMERS = "transformers' AutoModelForCausalLM.from_pretrained(DIR{}).save_pretrained(NEW)"
+BY_TRANSFORMERS = "AutoModelForCausalLM.from_pretrained(DIR{}).save_pretrained(NEW)"
 OTHERS = (                   # pattern of the name, first bytes, what it is, what converts it
     ("lit_model*", b"", "of litgpt", "litgpt convert_from_litgpt DIR NEW"),
-    ("*", b"GGUF", "a GGUF file", BY_TRANSFORMERS.format(", gguf_file=FILE")),
+    ("*", b"GGUF", "a GGUF file", "transformers: " + BY_TRANSFORMERS.format(", gguf_file=FILE")),
     ("*", b"lmgg", "a ggml file", "llama.cpp's convert_llama_ggml_to_gguf.py, then transformers"),
     ("*", b"tjgg", "a ggml file", "llama.cpp's convert_llama_ggml_to_gguf.py, then transformers"),
     ("*.bin", struct.pack("<i", 20240326), "of llm.c", "its dev/eval/export_hf.py"),
@@ -75,7 +75,7 @@ OTHERS = (                   # pattern of the name, first bytes, what it is, wha
      + BY_TRANSFORMERS.format(", from_tf=True")),
     ("flax_model*", b"", "of Flax", "transformers 4: "
      + BY_TRANSFORMERS.format(", from_flax=True")),
-    ("zero_pp_rank*", b"", "of DeepSpeed's ZeRO", "zero_to_fp32.py, which DeepSpeed puts beside it"),
+    ("zero_pp_rank*", b"", "of DeepSpeed's ZeRO", "zero_to_fp32.py, which lies beside it,"),
     ("*.distcp", b"", "of torch.distributed.checkpoint",
      "python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE"),
 )
@@ -118,8 +118,9 @@ def identify_rwkv(path: Path) -> str:
     if not files:
         raise FileNotFoundError(f"{path} has no config.json that names a model of ours, nor a .pth")
     tensors = read_pickle(files[0])
-    for key in ("model", "state_dict", "model_state_dict", "module"):       # around the weights
-        tensors = tensors[key] if isinstance(tensors.get(key), dict) else tensors
+    around = ("model", "state_dict", "model_state_dict", "module")
+    while inner := next((tensors[key] for key in around if isinstance(tensors.get(key), dict)), 0):
+        tensors = inner
     lines = [f"{name} {tuple(getattr(tensor, 'shape', ()))}" for name, tensor in tensors.items()]
     found = next((what for pattern, what in RWKVS
                   if any(re.search(pattern, line) for line in lines)),
@@ -129,6 +130,11 @@ def identify_rwkv(path: Path) -> str:
     if found not in MODELS:
         raise ValueError(f"{path} is {found}; RWKV-2 to RWKV-6 are supported")
     return found
+
+
+def is_rwkv(path: Path) -> bool:
+    """Whether a .pth holds an official RWKV, whatever the config.json beside it is about."""
+    return any(".att." in name or name == "emb.weight" for name in read_pickle(path))
 
 
 def identify(path: Path) -> str:
@@ -141,10 +147,11 @@ def identify(path: Path) -> str:
     refuse_others(path)
     folder = path if path.is_dir() else path.parent
     nanogpt = path / "ckpt.pt" if path.is_dir() else path
+    beside = [*path.glob("model*.safetensors"), *path.glob("pytorch_model*.bin")]
+    for name in ("ckpt.pt", "consolidated.00.pth"):
+        if beside and (path / name).exists():
+            raise ValueError(f"{path} holds {name} and {beside[0].name}: give the path of one")
     if nanogpt.suffix == ".pt" and nanogpt.exists() and "model_args" in read_pickle(nanogpt):
-        beside = [*path.glob("model*.safetensors"), *path.glob("pytorch_model*.bin")]
-        if beside:
-            raise ValueError(f"{path} holds ckpt.pt and {beside[0].name}: give the path of one")
         return "gpt"
     places = [folder / place for place in ("", "original", "original/mp8", "original/mp16")]
     if not (folder / "config.json").exists() and (path.is_dir() or "consolidated" in path.name) \
@@ -152,7 +159,7 @@ def identify(path: Path) -> str:
                     for name in ("params.json", "consolidated.00.pth")):
         return "llama3"
     stated = None
-    if (folder / "config.json").exists() and path.suffix != ".pth":
+    if (folder / "config.json").exists() and not (path.suffix == ".pth" and is_rwkv(path)):
         config = read_json(folder / "config.json")
         refuse_quantised(folder, config)
         stated = config.get("model_type")
@@ -208,6 +215,9 @@ def unite_dtypes(model: torch.nn.Module, path: Path, stated: str) -> None:
     sizes = collections.Counter()
     for parameter in model.parameters():
         sizes[parameter.dtype] += parameter.numel()
+    if any(dtype.itemsize == 1 for dtype in sizes):
+        raise ValueError(f"{path} holds weights of 8 bits ({', '.join(map(str, sizes))}): "
+                         "quantised weights are not read here")
     if len(sizes) > 1:
         dtype = getattr(torch, stated.removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -290,6 +300,8 @@ def readable(path: Path, kind: str = ""):
                       "nothing in a file is executed here")
         elif isinstance(error, OSError) and error.filename:
             reason = f"{error.filename}: {error.strerror}"
+        elif "can require gradients" in reason:
+            reason = f"{path} holds weights that are integers: quantised weights are not read here"
         elif "loading state_dict" in reason:
             reason = f"{path} does not fit its config: {reason}"
         elif type(error) is KeyError:
@@ -300,6 +312,11 @@ def readable(path: Path, kind: str = ""):
             reason = f"{path} is damaged, or no file of tensors ({type(error).__name__}: {reason})"
         elif str(path) not in reason:
             reason = f"{path}: {reason}"
+        held = [file.name for file in sorted(path.glob("*")) if file.suffix in
+                (".safetensors", ".bin", ".pt", ".pth", ".ckpt")]
+        if isinstance(error, FileNotFoundError) and held and "the folder holds" not in reason:
+            reason += (f"; the folder holds {', '.join(held[:6])}: give the path of the file with "
+                       "the weights, or put the index of parts beside them")
         raise (type(error) if type(error) is FileNotFoundError else ValueError)(reason) from error
 
 

@@ -445,8 +445,9 @@ class GLM4(nn.Module):
         if config.tie_word_embeddings:       # one Parameter, two names; a head of its own wins
             table = weights["model.embed_tokens.weight"]
             head = weights.get("lm_head.weight", table)
-            config = replace(config, tie_word_embeddings=torch.equal(head.to(table.dtype), table))
-            weights["lm_head.weight"] = table if config.tie_word_embeddings else head
+            tied = head is table or torch.equal(head.to(table.dtype), table)
+            config = replace(config, tie_word_embeddings=tied)
+            weights["lm_head.weight"] = table if tied else head
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -537,18 +538,18 @@ def read_tensors(path: Path):
         else:                                # a pickle; torch before 1.6 wrote it without a zip
             content = torch.load(file, map_location="cpu", weights_only=True,
                                  mmap=zipfile.is_zipfile(file))
-            for key in ("model", "state_dict", "model_state_dict", "module"):     # around them
-                content = content[key] if isinstance(content.get(key), dict) else content
+            outer = ("model", "state_dict", "model_state_dict", "module")
+            while inner := next((content[k] for k in outer if isinstance(content.get(k), dict)), 0):
+                content = inner
             for name in names or content:
                 yield name, content[name]
 
 
 def unwrapped(tensors):
-    """Yield (name, tensor) without the prefixes of what wraps models: AutoModel's `model.` (absent,
-    or twice), `module.` of DDP, `_orig_mod.`, `_forward_module.` and others of compile and FSDP."""
+    """Yield (name, tensor) without prefixes: of AutoModel, DDP, FSDP, torch.compile, peft."""
     seen = set()
     for name, tensor in tensors:
-        name = re.sub(r"^((model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name)
+        name = re.sub(r"^((base_model|model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name)
         if name in seen:
             raise ValueError(f"{name} is there twice, behind different prefixes: which is meant?")
         seen.add(name)

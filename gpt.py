@@ -390,8 +390,9 @@ class GPT(nn.Module):
         if config.tie_word_embeddings:       # one Parameter, two names; a head of its own wins
             table = weights["wte.weight"]
             head = weights.get("lm_head.weight", table)
-            config = replace(config, tie_word_embeddings=torch.equal(head.to(table.dtype), table))
-            weights["lm_head.weight"] = table if config.tie_word_embeddings else head
+            tied = head is table or torch.equal(head.to(table.dtype), table)
+            config = replace(config, tie_word_embeddings=tied)
+            weights["lm_head.weight"] = table if tied else head
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -477,18 +478,18 @@ def read_tensors(path: Path):
         else:                                # a pickle; torch before 1.6 wrote it without a zip
             content = torch.load(file, map_location="cpu", weights_only=True,
                                  mmap=zipfile.is_zipfile(file))
-            for key in ("model", "state_dict", "model_state_dict", "module"):     # around them
-                content = content[key] if isinstance(content.get(key), dict) else content
+            outer = ("model", "state_dict", "model_state_dict", "module")
+            while inner := next((content[k] for k in outer if isinstance(content.get(k), dict)), 0):
+                content = inner
             for name in names or content:
                 yield name, content[name]
 
 
 def unwrapped(tensors):
-    """Yield (name, tensor) without the prefixes of what wraps models: AutoModel's `model.` (absent,
-    or twice), `module.` of DDP, `_orig_mod.`, `_forward_module.` and others of compile and FSDP."""
+    """Yield (name, tensor) without prefixes: of AutoModel, DDP, FSDP, torch.compile, peft."""
     seen = set()
     for name, tensor in tensors:
-        name = re.sub(r"^((model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name)
+        name = re.sub(r"^((base_model|model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name)
         if name in seen:
             raise ValueError(f"{name} is there twice, behind different prefixes: which is meant?")
         seen.add(name)
@@ -514,22 +515,18 @@ def read_hugging_face(path: Path):
 def read_nanogpt(path: Path):
     """(config, tensors) of nanoGPT's ckpt.pt; of another .pt, a state dict beside a config.json.
 
-    GELU: the tanh form before `bias` came (January 2023), the exact one since June 2023 (its PR
-    #274). Between, the file does not tell: override activation_function="gelu_new".
+    GELU: tanh before `bias` came (January 2023), exact since June 2023 (PR #274); in between it was
+    tanh, which the file does not tell: override activation_function="gelu_new".
     """
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if "model_args" not in content:
         return read_hugging_face(path)
-    stated, tensors = content["model_args"], dict(to_ours(content["model"].items(), False))
-    unknown = set(stated) - {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout",
-                             "bias"}
-    if unknown:                              # a fork's, which may stand for other mathematics
-        raise ValueError(f"{path} has model_args that nanoGPT does not know: {sorted(unknown)}")
-    p, V = stated.get("dropout", 0.0), stated.get("vocab_size", len(tensors["wte.weight"]))
-    config = GPTConfig(V, stated["block_size"], stated["n_embd"], stated["n_layer"],
-                       stated["n_head"], 4 * stated["n_embd"],
-                       "gelu" if "bias" in stated else "gelu_new",
-                       bias=stated.get("bias", True), embd_pdrop=p, attn_pdrop=p, resid_pdrop=p)
+    tensors = dict(to_ours(content["model"].items(), transposed=False))
+    stated = {"vocab_size": len(tensors["wte.weight"]), **content["model_args"]}
+    gelu, p = "gelu" if "bias" in stated else "gelu_new", stated.pop("dropout", 0.0)
+    config = GPTConfig(n_positions=stated.pop("block_size"), n_inner=4 * stated["n_embd"],
+                       activation_function=gelu, embd_pdrop=p, attn_pdrop=p, resid_pdrop=p,
+                       **stated)             # a TypeError for arguments that only forks have
     return config, tensors.items()
 
 

@@ -454,8 +454,9 @@ class Llama3(nn.Module):
         if config.tie_word_embeddings:
             table = weights["model.embed_tokens.weight"]
             head = weights.get("lm_head.weight", table)
-            config = replace(config, tie_word_embeddings=torch.equal(head.to(table.dtype), table))
-            weights["lm_head.weight"] = table if config.tie_word_embeddings else head
+            tied = head is table or torch.equal(head.to(table.dtype), table)
+            config = replace(config, tie_word_embeddings=tied)
+            weights["lm_head.weight"] = table if tied else head
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -546,18 +547,18 @@ def read_tensors(path: Path):
         else:                                # a pickle; torch before 1.6 wrote it without a zip
             content = torch.load(file, map_location="cpu", weights_only=True,
                                  mmap=zipfile.is_zipfile(file))
-            for key in ("model", "state_dict", "model_state_dict", "module"):     # around them
-                content = content[key] if isinstance(content.get(key), dict) else content
+            outer = ("model", "state_dict", "model_state_dict", "module")
+            while inner := next((content[k] for k in outer if isinstance(content.get(k), dict)), 0):
+                content = inner
             for name in names or content:
                 yield name, content[name]
 
 
 def unwrapped(tensors):
-    """Yield (name, tensor) without the prefixes of what wraps models: AutoModel's `model.` (absent,
-    or twice), `module.` of DDP, `_orig_mod.`, `_forward_module.` and others of compile and FSDP."""
+    """Yield (name, tensor) without prefixes: of AutoModel, DDP, FSDP, torch.compile, peft."""
     seen = set()
     for name, tensor in tensors:
-        name = re.sub(r"^((model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name)
+        name = re.sub(r"^((base_model|model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name)
         if name in seen:
             raise ValueError(f"{name} is there twice, behind different prefixes: which is meant?")
         seen.add(name)
@@ -607,10 +608,7 @@ META = {    # Meta's name: ours, and the axis along which its shards divide it (
 def meta_shards(path: Path) -> list[Path]:
     """The files consolidated.NN.pth of Meta's layout, in order; [] where another layout is."""
     folder = path.parent if path.suffix == ".pth" else path
-    others = [*path.glob("model*.safetensors*"), *path.glob("pytorch_model*")]
-    if others and (path / "consolidated.00.pth").exists():
-        raise ValueError(f"{path} holds consolidated.00.pth and {others[0].name}: pass one of them")
-    if others:
+    if any(path.glob("model*.safetensors*")) or any(path.glob("pytorch_model*")):
         return []
     for place in (folder, folder / "original", folder / "original/mp8", folder / "original/mp16"):
         if (place / "params.json").exists() or (place / "consolidated.00.pth").exists():
@@ -622,8 +620,7 @@ def meta_shards(path: Path) -> list[Path]:
 def from_meta(shards, dim, n_layers, n_heads, n_kv_heads=None, vocab_size=-1, norm_eps=1e-5,
               rope_theta=None, use_scaled_rope=False, multiple_of=None, ffn_dim_multiplier=None):
     """Our config from the fields of params.json, and from shapes where it does not tell."""
-    first = unwrapped(read_tensors(shards[0]))
-    rows = {name: len(tensor) * len(shards) for name, tensor in first}
+    rows = {name: len(t) * len(shards) for name, t in unwrapped(read_tensors(shards[0]))}
     V, llama2 = rows["output.weight"], vocab_size == -1
     if vocab_size != V and not llama2:
         raise ValueError(f"{V} rows of a vocabulary of {vocab_size}: is one of the shards missing?")
