@@ -200,7 +200,7 @@ def read_adapter(folder: Path, model) -> tuple[dict[str, dict], dict]:
     halves, whole = collections.defaultdict(dict), {}
     for key, tensor in tensors.items():
         place, half = re.fullmatch(r"(.+?)(?:\.lora_([AB])\.(?:default\.)?weight)?",
-                                   key.removeprefix(PREFIX)).groups()
+                                   key.removeprefix(PREFIX).replace(".base_layer.", ".")).groups()
         if ".lora_" in place or "token_adapter" in place:
             raise ValueError(f"{folder}: {key} is of a kind that is not supported; {ADVICE}")
         for ours, part in to_ours(model, place, tensor, half):
