@@ -44,11 +44,10 @@ from checkpoints import (check_vocabulary, config_values, draw_log, eos_tokens, 
                          load_checkpoint, load_resume, locate, make_run_directory, model_parts,
                          publish, read_json, readable, resume_settings, save_resume,
                          saved_tokenizer)
-from lora import LoRALinear, adapters, add_lora, load_adapter, merged, save_adapter  # noqa: F401
-from rows import (EMPTY, Notices, RewardError, all_labels, chat_parts, code_reward,  # noqa: F401
-                  conversation, ending, header_rows, label_key, label_of, label_rows, load_reward,
-                  naming, preference_rows, question_rows, read_rows, score_code, shown, string,
-                  weight_of)
+from lora import add_lora, load_adapter, merged, save_adapter
+from rows import (EMPTY, Notices, RewardError, all_labels, chat_parts, conversation, ending,
+                  header_rows, label_key, label_of, label_rows, load_reward, naming,
+                  preference_rows, question_rows, read_rows, score_code, shown, string, weight_of)
 from train import Run, flag
 
 # ----------------------------------------------------------------------------------------- settings

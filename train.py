@@ -501,64 +501,65 @@ def shown(measures: dict[str, float]) -> str:
 
 def plan_run(settings: Settings, run: Run) -> float | None:
     """Fill in the sizes and the time that were left open, by measurement (see plan.py), and say so;
-    tokens per second. None, and nothing planned, where a published size or a checkpoint decides.
+    tokens per second. None, and nothing measured, where all of it was given or follows from a
+    published size or a checkpoint.
     """
     if settings.size or settings.init_from:
         settings.vocab = settings.vocab or 4096
         return None
-    model_class, config_class, _ = model_parts(settings.model)
-    values = config_values(config_class, settings.config)
-    asked = {"layers": settings.layers, "width": settings.width, "context": settings.context,
-             "vocab": settings.vocab, "tokens": settings.tokens_per_step}
     made = settings.tokenizer or next(
         (path for path in settings.data if Path(path, "tokenizer_config.json").exists()), None)
-    if made:
-        asked["vocab"] = text.load_tokenizer(made).vocab_size
-    asked = {name: value for name, value in asked.items() if value}
-    shapes = [shape._replace(**asked) for shape in SHAPES]
+    asked = {"layers": settings.layers, "width": settings.width, "context": settings.context,
+             "vocab": text.load_tokenizer(made).vocab_size if made else settings.vocab,
+             "tokens": settings.tokens_per_step}
+    shapes = [shape._replace(**{name: value for name, value in asked.items() if value})
+              for shape in SHAPES]
     if settings.batch_size:
         shapes = [shape._replace(tokens=settings.batch_size * shape.context) for shape in shapes]
-    bounded = settings.steps or settings.epochs or settings.minutes
-    size, seconds = text_bytes(settings), 60 * (settings.minutes or MINUTES)
-
-    def step_seconds(shape: Shape, enough: float) -> float:
-        config = config_class.sized(shape.layers, shape.width, shape.vocab, shape.context)
-        trial = NextTokenLoss(model_class(dataclasses.replace(config, **values)).to(run.device))
-        muon = (settings.optimizer or "muon") == "muon"
-        optimizer = make_optimizer(trial.train().model, settings.weight_decay, float(muon))
-        scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-        rows = max(1, shape.tokens // shape.context // run.world)
-        micro = min(rows, max(1, 16384 // shape.context))
-        tokens = torch.randint(shape.vocab, (micro, shape.context))
-        batches = [{"tokens": tokens, "targets": tokens}] * -(-rows // micro)
-        times = []
-        try:
-            while len(times) < 4 and min(times, default=0) < 3 * enough:
-                took = seconds_of(lambda: training_step(run, trial, optimizer, scaler, batches, 0.0,
-                                                        1.0, shape.tokens))
-                times.append(run.sum(took)[0] / run.world)              # the same on all processes
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                return math.inf
-            raise
-        return min(times)
-    planned = len({*shapes}) > 1 or not (settings.steps or settings.epochs)
-    shape, each, most = choose([*dict.fromkeys(shapes)], seconds, math.inf if bounded else size,
-                               step_seconds) if planned else (shapes[0], None, None)
+    shapes, bounded = [*dict.fromkeys(shapes)], settings.steps or settings.epochs
+    shape, speed = shapes[0], None
+    if len(shapes) > 1 or not bounded:
+        size, minutes = text_bytes(settings), settings.minutes or MINUTES
+        shape, each, seconds = choose(
+            shapes, 60 * minutes, math.inf if bounded or settings.minutes else size,
+            lambda shape, enough: step_seconds(settings, run, shape, enough))
+        speed, epochs = shape.tokens / each, shape.tokens / each * seconds / size * BYTES
+        if not bounded:
+            settings.minutes = settings.minutes or round(seconds / 60, 2)
+        lasts = "" if bounded else f": about {epochs:.1f} epochs in {settings.minutes:g} minutes"
+        run.say(f"plan       {size / 1e6:.1f} MB of text, {speed:,.0f} tokens/s at {shape.layers} x "
+                f"{shape.width}, context {shape.context}, vocabulary {shape.vocab}, "
+                f"{shape.tokens} tokens a step{lasts}")
     settings.layers, settings.width = shape.layers, shape.width
     settings.context, settings.tokens_per_step = shape.context, shape.tokens
     settings.vocab, settings.batch_size = None if made else shape.vocab, None
-    if not planned:
-        return None
-    if not bounded:
-        settings.minutes = round(most / 60, 2)
-    speed = shape.tokens / each
-    run.say(f"plan       {size / 1e6:.1f} MB of text, {speed:,.0f} tokens/s at {shape.layers} x "
-            f"{shape.width}, context {shape.context}, vocabulary {shape.vocab}, {shape.tokens} "
-            "tokens a step" + ("" if settings.steps or settings.epochs else
-                               f": in {settings.minutes:g} minutes about "
-                               f"{60 * settings.minutes * speed / size * BYTES:.1f} epochs"))
     return speed
+
+
+def step_seconds(settings: Settings, run: Run, shape: Shape, enough: float) -> float:
+    """How long a step of this shape takes, by a few steps that change nothing; far over `enough`,
+    by one."""
+    model_class, config_class, _ = model_parts(settings.model)
+    config = config_class.sized(shape.layers, shape.width, shape.vocab, shape.context)
+    values = config_values(config_class, settings.config)
+    model = model_class(dataclasses.replace(config, **values)).to(run.device).train()
+    muon = float(settings.optimizer != "adamw")
+    optimizer = make_optimizer(model, settings.weight_decay, muon)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    rows = max(1, shape.tokens // shape.context // run.world)
+    tokens = torch.randint(shape.vocab, (min(rows, max(1, 16384 // shape.context)), shape.context))
+    batches = [{"tokens": tokens, "targets": tokens}] * -(-rows // len(tokens))
+    loss, times = NextTokenLoss(model), []
+    try:
+        while len(times) < 4 and min(times, default=0) < 3 * enough:
+            took = seconds_of(lambda: training_step(run, loss, optimizer, scaler, batches, 0.0, 1.0,
+                                                    shape.tokens))
+            times.append(run.sum(took)[0] / run.world)                  # the same on all processes
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return math.inf
+        raise
+    return min(times)
 
 
 def text_bytes(settings: Settings) -> float:
