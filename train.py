@@ -527,8 +527,8 @@ def plan_run(settings: Settings, run: Run) -> float | None:
         if not bounded:
             settings.minutes = settings.minutes or round(seconds / 60, 2)
         lasts = "" if bounded else f": about {epochs:.1f} epochs in {settings.minutes:g} minutes"
-        run.say(f"plan       {size / 1e6:.1f} MB of text, {speed:,.0f} tokens/s at {shape.layers} x "
-                f"{shape.width}, context {shape.context}, vocabulary {shape.vocab}, "
+        run.say(f"plan       {size / 1e6:.1f} MB of text; {speed:,.0f} tokens/s at {shape.layers} x"
+                f" {shape.width}, context {shape.context}, vocabulary {shape.vocab}, "
                 f"{shape.tokens} tokens a step{lasts}")
     settings.layers, settings.width = shape.layers, shape.width
     settings.context, settings.tokens_per_step = shape.context, shape.tokens
