@@ -46,6 +46,7 @@ import itertools
 import json
 import math
 import os
+import re
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -443,8 +444,9 @@ class GLM4(nn.Module):
         if config.tie_word_embeddings:       # one Parameter, two names; a head of its own wins
             table = weights["model.embed_tokens.weight"]
             head = weights.get("lm_head.weight", table)
-            config = replace(config, tie_word_embeddings=head is table or torch.equal(head, table))
-            weights["lm_head.weight"] = table if config.tie_word_embeddings else head
+            tied = head is table or torch.equal(head.to(table.dtype), table)
+            config = replace(config, tie_word_embeddings=tied)
+            weights["lm_head.weight"] = table if tied else head
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -455,6 +457,9 @@ class GLM4(nn.Module):
         Glm4 with `sandwich_norms`, else of Glm, in which ChatGLM3 runs unchanged."""
         from safetensors.torch import save_file
         weights, stated = Path(directory, "model.safetensors"), Path(directory, "config.json")
+        for older in ("ckpt.pt", "consolidated.00.pth", "model.safetensors.index.json"):
+            if Path(directory, older).exists():
+                raise ValueError(f"{directory} holds {older}, which would be read: move it away")
         weights.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         if self.config.tie_word_embeddings:
@@ -532,8 +537,22 @@ def read_tensors(path: Path):
         else:                                # a pickle; torch before 1.6 wrote it without a zip
             content = torch.load(file, map_location="cpu", weights_only=True,
                                  mmap=zipfile.is_zipfile(file))
+            outer = ("model", "state_dict", "model_state_dict", "module")
+            while inner := next((content[k] for k in outer if isinstance(content.get(k), dict)), 0):
+                content = inner
             for name in names or content:
                 yield name, content[name]
+
+
+def unwrapped(tensors):
+    """Yield (name, tensor) without prefixes: of AutoModel, DDP, FSDP, torch.compile, peft."""
+    seen = set()
+    for name, tensor in tensors:
+        name = re.sub(r"^((base_model|model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name)
+        if name in seen:
+            raise ValueError(f"{name} is there twice, behind different prefixes: which is meant?")
+        seen.add(name)
+        yield name, tensor
 # --- end of read_tensors ---
 
 
@@ -544,8 +563,8 @@ FIELDS = {                                   # config.json of the original layou
     "layernorm_epsilon": "rms_norm_eps", "add_qkv_bias": "attention_bias",
 }
 RENAMED = {                                  # in its names of tensors: in ours, Hugging Face's
-    "transformer.embedding.word_embeddings": "model.embed_tokens", "transformer.encoder": "model",
-    "transformer.output_layer": "lm_head", "final_layernorm": "norm",
+    "embedding.word_embeddings": "embed_tokens", "encoder.": "", "output_layer": "lm_head",
+    "final_layernorm": "norm",
     "self_attention.dense": "self_attn.o_proj", "self_attention": "self_attn",
     "dense_h_to_4h": "gate_up_proj", "dense_4h_to_h": "down_proj",
 }
@@ -576,13 +595,14 @@ def to_config(stated: dict) -> GLM4Config:
 def to_ours(tensors, config: GLM4Config):
     """Yield (our name, our tensor) for each published one."""
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    for name, tensor in tensors:
+    for name, tensor in unwrapped(tensors):
         for theirs, ours in RENAMED.items():
             name = name.replace(theirs, ours)
+        name = name if name.startswith("lm_head.") else f"model.{name}"
         if "query_key_value" in name:                                   # the rows of q, of k, of v
             for letter, part in zip("qkv", tensor.tensor_split((H * D, (H + K) * D))):
                 yield name.replace("query_key_value", f"{letter}_proj"), part
-        elif name != "transformer.rotary_pos_emb.inv_freq":             # saved, never used
+        elif name != "model.rotary_pos_emb.inv_freq":                   # saved, never used
             yield name, tensor
 
 

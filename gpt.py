@@ -35,6 +35,7 @@ import itertools
 import json
 import math
 import os
+import re
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -381,11 +382,16 @@ class GPT(nn.Module):
         """
         path = Path(path, "ckpt.pt") if Path(path, "ckpt.pt").exists() else Path(path)
         config, tensors = read_nanogpt(path) if path.suffix == ".pt" else read_hugging_face(path)
-        with torch.device("meta"):                                      # shapes, no memory
-            model = cls(replace(config, **overrides))
+        config = replace(config, **overrides)
         weights = {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors}
-        if model.config.tie_word_embeddings:                            # one Parameter, two names
-            weights["lm_head.weight"] = weights.get("wte.weight")
+        if config.tie_word_embeddings:       # one Parameter, two names; a head of its own wins
+            table = weights["wte.weight"]
+            head = weights.get("lm_head.weight", table)
+            tied = head is table or torch.equal(head.to(table.dtype), table)
+            config = replace(config, tie_word_embeddings=tied)
+            weights["lm_head.weight"] = table if tied else head
+        with torch.device("meta"):                                      # shapes, no memory
+            model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)
         return model.eval()
 
@@ -393,6 +399,9 @@ class GPT(nn.Module):
         """Write model.safetensors and config.json in the Hugging Face layout, each as a whole."""
         from safetensors.torch import save_file
         weights, stated = Path(directory, "model.safetensors"), Path(directory, "config.json")
+        for older in ("ckpt.pt", "consolidated.00.pth", "model.safetensors.index.json"):
+            if Path(directory, older).exists():
+                raise ValueError(f"{directory} holds {older}, which would be read: move it away")
         weights.parent.mkdir(parents=True, exist_ok=True)
         config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
                   "torch_dtype": str(self.wte.weight.dtype).removeprefix("torch."),
@@ -466,8 +475,22 @@ def read_tensors(path: Path):
         else:                                # a pickle; torch before 1.6 wrote it without a zip
             content = torch.load(file, map_location="cpu", weights_only=True,
                                  mmap=zipfile.is_zipfile(file))
+            outer = ("model", "state_dict", "model_state_dict", "module")
+            while inner := next((content[k] for k in outer if isinstance(content.get(k), dict)), 0):
+                content = inner
             for name in names or content:
                 yield name, content[name]
+
+
+def unwrapped(tensors):
+    """Yield (name, tensor) without prefixes: of AutoModel, DDP, FSDP, torch.compile, peft."""
+    seen = set()
+    for name, tensor in tensors:
+        name = re.sub(r"^((base_model|model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name)
+        if name in seen:
+            raise ValueError(f"{name} is there twice, behind different prefixes: which is meant?")
+        seen.add(name)
+        yield name, tensor
 # --- end of read_tensors ---
 
 
@@ -487,19 +510,26 @@ def read_hugging_face(path: Path):
 
 
 def read_nanogpt(path: Path):
-    """(config, tensors) of nanoGPT's ckpt.pt. Its GELU is the exact one (since its PR #274)."""
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    stated, p = content["model_args"], content["model_args"].get("dropout", 0.0)
-    config = GPTConfig(stated["vocab_size"], stated["block_size"], stated["n_embd"],
-                       stated["n_layer"], stated["n_head"], 4 * stated["n_embd"], "gelu",
-                       bias=stated.get("bias", True), embd_pdrop=p, attn_pdrop=p, resid_pdrop=p)
-    return config, to_ours(content["model"].items(), transposed=False)
+    """(config, tensors) of nanoGPT's ckpt.pt; of another .pt, a state dict beside a config.json.
+
+    GELU: tanh before `bias` came (January 2023), exact since June 2023 (PR #274); in between it was
+    tanh, which the file does not tell: override activation_function="gelu_new".
+    """
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if "model_args" not in content:
+        return read_hugging_face(path)
+    tensors = dict(to_ours(content["model"].items(), transposed=False))
+    stated = {"vocab_size": len(tensors["wte.weight"]), **content["model_args"]}
+    gelu, p = "gelu" if "bias" in stated else "gelu_new", stated.pop("dropout", 0.0)
+    config = GPTConfig(n_positions=stated.pop("block_size"), n_inner=4 * stated["n_embd"],
+                       activation_function=gelu, embd_pdrop=p, attn_pdrop=p, resid_pdrop=p,
+                       **stated)             # a TypeError for arguments that only forks have
+    return config, tensors.items()
 
 
 def to_ours(tensors, transposed: bool):
     """Yield (our name, our tensor) for each published one but the buffers of masks."""
-    for name, tensor in tensors:
-        name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
+    for name, tensor in unwrapped(tensors):
         if not name.endswith((".attn.bias", ".attn.masked_bias")):
             turned = transposed and name.startswith("h.") and tensor.dim() == 2
             yield name, tensor.t().contiguous() if turned else tensor

@@ -448,14 +448,14 @@ class Llama3(nn.Module):
         stated = json.loads(file.read_text(encoding="utf-8"))
         config = from_meta(shards, **stated) if shards else from_hugging_face(stated)
         config = replace(config, **overrides)
-        tensors = join_shards(shards, config, device, dtype) if shards else read_tensors(path)
-        weights = {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors
-                   if not name.endswith("rotary_emb.inv_freq")}         # saved by old versions
+        tensors = join_shards(shards, config, device, dtype) if shards else to_ours(path)
+        weights = {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors}
         if config.tie_word_embeddings:
             table = weights["model.embed_tokens.weight"]
             head = weights.get("lm_head.weight", table)
-            config = replace(config, tie_word_embeddings=head is table or torch.equal(head, table))
-            weights["lm_head.weight"] = table if config.tie_word_embeddings else head
+            tied = head is table or torch.equal(head.to(table.dtype), table)
+            config = replace(config, tie_word_embeddings=tied)
+            weights["lm_head.weight"] = table if tied else head
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -465,6 +465,9 @@ class Llama3(nn.Module):
         """Write model.safetensors and config.json in the Hugging Face layout, each as a whole."""
         from safetensors.torch import save_file
         weights, stated = Path(directory, "model.safetensors"), Path(directory, "config.json")
+        for older in ("ckpt.pt", "consolidated.00.pth", "model.safetensors.index.json"):
+            if Path(directory, older).exists():
+                raise ValueError(f"{directory} holds {older}, which would be read: move it away")
         weights.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         if self.config.tie_word_embeddings:
@@ -543,8 +546,22 @@ def read_tensors(path: Path):
         else:                                # a pickle; torch before 1.6 wrote it without a zip
             content = torch.load(file, map_location="cpu", weights_only=True,
                                  mmap=zipfile.is_zipfile(file))
+            outer = ("model", "state_dict", "model_state_dict", "module")
+            while inner := next((content[k] for k in outer if isinstance(content.get(k), dict)), 0):
+                content = inner
             for name in names or content:
                 yield name, content[name]
+
+
+def unwrapped(tensors):
+    """Yield (name, tensor) without prefixes: of AutoModel, DDP, FSDP, torch.compile, peft."""
+    seen = set()
+    for name, tensor in tensors:
+        name = re.sub(r"^((base_model|model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name)
+        if name in seen:
+            raise ValueError(f"{name} is there twice, behind different prefixes: which is meant?")
+        seen.add(name)
+        yield name, tensor
 # --- end of read_tensors ---
 
 
@@ -568,6 +585,13 @@ def from_hugging_face(stated: dict) -> Llama3Config:
     if stated["rope_type"] == "llama3":
         sizes |= {f"rope_{name}": stated[name] for name in SCALING}
     return Llama3Config(**sizes)
+
+
+def to_ours(path: Path):
+    """Yield (our name, tensor) from Hugging Face's files; old versions also saved RoPE's table."""
+    for name, tensor in unwrapped(read_tensors(path)):
+        if not name.endswith("rotary_emb.inv_freq"):
+            yield name if name.startswith("lm_head.") else f"model.{name}", tensor
 
 
 META = {    # Meta's name: ours, and the axis along which its shards divide it (None: each has all)
@@ -595,7 +619,7 @@ def meta_shards(path: Path) -> list[Path]:
 def from_meta(shards, dim, n_layers, n_heads, n_kv_heads=None, vocab_size=-1, norm_eps=1e-5,
               rope_theta=None, use_scaled_rope=False, multiple_of=None, ffn_dim_multiplier=None):
     """Our config from the fields of params.json, and from shapes where it does not tell."""
-    rows = {name: len(tensor) * len(shards) for name, tensor in read_tensors(shards[0])}
+    rows = {name: len(t) * len(shards) for name, t in unwrapped(read_tensors(shards[0]))}
     V, llama2 = rows["output.weight"], vocab_size == -1
     if vocab_size != V and not llama2:
         raise ValueError(f"{V} rows of a vocabulary of {vocab_size}: is one of the shards missing?")
@@ -612,9 +636,9 @@ def from_meta(shards, dim, n_layers, n_heads, n_kv_heads=None, vocab_size=-1, no
 def join_shards(shards: list[Path], config: Llama3Config, device: str, dtype: torch.dtype | None):
     """Yield (our name, our tensor) from all of Meta's shards, of which one at a time is mapped."""
     whole, count, D = {}, len(shards), config.head_dim
-    names = {name for name, _ in read_tensors(shards[0])}
+    names = {name for name, _ in unwrapped(read_tensors(shards[0]))}
     for rank, shard in enumerate(shards):
-        pieces = dict(read_tensors(shard))
+        pieces = dict(unwrapped(read_tensors(shard)))
         if pieces.keys() != names:           # else a part of some tensor would never be written
             raise ValueError(f"{shard} and {shards[0].name} differ in {names ^ pieces.keys()}")
         pieces.pop("rope.freqs", None)       # a table that Llama 1 and 2 stored
