@@ -627,7 +627,7 @@ def derive(settings: Settings, given: set[str], run: Run, corpus: Corpus, speed:
         sequences = run.world
     settings.tokens_per_step, settings.batch_size = sequences * settings.context, None
     if settings.lr is None:
-        settings.lr = 3e-3 * math.sqrt(128 / settings.width) if own else 6e-4
+        settings.lr = 5e-3 * math.sqrt(128 / settings.width) if own else 6e-4
         settings.lr = 1e-4 if settings.init_from else settings.lr
     settings.optimizer = settings.optimizer or ("adamw" if settings.init_from else "muon")
     epoch = len(corpus.train) / settings.tokens_per_step                # in steps
