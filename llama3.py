@@ -173,7 +173,7 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values, place = cache
             k, v = store(keys, place, k), store(values, place, v)               # (B, K, slots, D)
-        if T == 1:           # heads that share a key: rows of one query: 10x faster in bf16
+        if T == 1:         # heads that share a key are rows of one query; enable_gqa is 10x slower
             q = q.reshape(B, self.kv_heads, -1, q.shape[-1])                    # (B, K, H/K, D)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
