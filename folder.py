@@ -89,7 +89,7 @@ class Place:
                 chosen[name] = stated.get(name, default)
                 if name in stated and not possible(name, chosen[name]):
                     flag = f"--{name.replace('_', '-')}"
-                    raise ValueError(f"{file}: {name} is {chosen[name]!r}, it must be "
+                    raise ValueError(f"{file}: {name} is {repr(chosen[name])[:40]}, it must be "
                                      f"{LIMITS[name]}; {flag} decides otherwise")
         return chosen, note
 
@@ -203,15 +203,17 @@ def describe(path: Path, tell):
         files, stored, count, kinds = weight_files(path), {}, 0, Counter()
         size = sum(file.stat().st_size for file in files)
         names = [file.relative_to(folder).as_posix() for file in files]
-        tell("weights", f"{gb(size)} in {plural(len(files), 'file')}: {', '.join(names[:3])}"
-             + (", ..." if names[3:] else ""))
+        if files:                            # else loading says what is missing
+            tell("weights", f"{gb(size)} in {plural(len(files), 'file')}: {', '.join(names[:3])}"
+                 + (", ..." if names[3:] else ""))
         for file in files:
             stored |= (new := stored_tensors(file))
             count += len(new)
             for tensor in new.values():
                 kinds[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
     shares = [f"{kind} ({n / kinds.total():.1%} of the numbers)" for kind, n in kinds.most_common()]
-    tell("stored as", f"{plural(count, 'tensor')}, {', '.join(shares if shares[1:] else kinds)}")
+    if count:
+        tell("stored as", f"{plural(count, 'tensor')}, {', '.join(shares if shares[1:] else kinds)}")
     model = load_shapes(path, stored)
     weights, context = list(model.parameters()), model.config.context
     tell("sizes", f"{sum(p.numel() for p in weights):,} parameters: {model.config}")
