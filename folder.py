@@ -212,8 +212,9 @@ def describe(path: Path, tell):
             for tensor in new.values():
                 kinds[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
     shares = [f"{kind} ({n / kinds.total():.1%} of the numbers)" for kind, n in kinds.most_common()]
-    if count:
-        tell("stored as", f"{plural(count, 'tensor')}, {', '.join(shares if shares[1:] else kinds)}")
+    told = ", ".join([plural(count, "tensor"), *(shares if shares[1:] else kinds)])
+    if files:
+        tell("stored as", told)
     model = load_shapes(path, stored)
     weights, context = list(model.parameters()), model.config.context
     tell("sizes", f"{sum(p.numel() for p in weights):,} parameters: {model.config}")
