@@ -26,10 +26,11 @@ import torch
 import tokenizer as text
 from checkpoints import check_vocabulary, eos_tokens, is_out_of_memory, load_checkpoint, readable
 from data import INVALID, read_rows
+from flags import Parser, complain, show_any_text
 from folder import LIMITS, Place, inspect, possible, stated_eos, told_format, told_sampling
 from lora import load_merged
 from practice import fast
-from train import Parser, choose_device, complain, show_any_text
+from process import choose_device
 
 HELP = """\
 /help          this text
@@ -593,8 +594,9 @@ def answer_batch(prompts: list[list[int]], conversation: Conversation, number: i
 
     def hear(row, id):
         drawn[row].append(id)
-        if id in conversation.stops or conversation.stop_texts and conversation.is_ended(
-                conversation.tokenizer.decode(drawn[row])):
+        if (id in conversation.stops or len(drawn[row]) == conversation.max_new_tokens
+                or conversation.stop_texts
+                and conversation.is_ended(conversation.tokenizer.decode(drawn[row]))):
             end([row])
             if len(ended) == len(prompts):
                 raise Stop

@@ -19,7 +19,8 @@ import tokenizer as text
 from checkpoints import (MODELS, check_vocabulary, eos_tokens, identify, load_checkpoint, locate,
                          read_json, read_pickle, readable)
 from lora import adapter_folder, adapters, find_base, load_adapter
-from train import choose_device, free_bytes
+from plan import free_bytes
+from process import choose_device
 
 LIMITS = {"temperature": "0 (the likeliest token) or more", "top_k": "a whole number, at least 1",
           "top_p": "0 to 1"}
@@ -210,7 +211,8 @@ def describe(path: Path, tell):
             stored |= (new := stored_tensors(file))
             count += len(new)
             for tensor in new.values():
-                kinds[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+                if tensor.is_floating_point() or tensor.dtype == torch.int8:      # no masks
+                    kinds[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
     shares = [f"{kind} ({n / kinds.total():.1%} of the numbers)" for kind, n in kinds.most_common()]
     told = ", ".join([plural(count, "tensor"), *(shares if shares[1:] else kinds)])
     if files:
