@@ -90,7 +90,7 @@ class Place:
                 chosen[name] = stated.get(name, default)
                 if name in stated and not possible(name, chosen[name]):
                     flag = f"--{name.replace('_', '-')}"
-                    raise ValueError(f"{file}: {name} is {chosen[name]!r}, it must be "
+                    raise ValueError(f"{file}: {name} is {repr(chosen[name])[:40]}, it must be "
                                      f"{LIMITS[name]}; {flag} decides otherwise")
         return chosen, note
 
@@ -204,8 +204,9 @@ def describe(path: Path, tell):
         files, stored, count, kinds = weight_files(path), {}, 0, Counter()
         size = sum(file.stat().st_size for file in files)
         names = [file.relative_to(folder).as_posix() for file in files]
-        tell("weights", f"{gb(size)} in {plural(len(files), 'file')}: {', '.join(names[:3])}"
-             + (", ..." if names[3:] else ""))
+        if files:                            # else loading says what is missing
+            tell("weights", f"{gb(size)} in {plural(len(files), 'file')}: {', '.join(names[:3])}"
+                 + (", ..." if names[3:] else ""))
         for file in files:
             stored |= (new := stored_tensors(file))
             count += len(new)
@@ -213,7 +214,9 @@ def describe(path: Path, tell):
                 if tensor.is_floating_point() or tensor.dtype == torch.int8:      # no masks
                     kinds[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
     shares = [f"{kind} ({n / kinds.total():.1%} of the numbers)" for kind, n in kinds.most_common()]
-    tell("stored as", f"{plural(count, 'tensor')}, {', '.join(shares if shares[1:] else kinds)}")
+    told = ", ".join([plural(count, "tensor"), *(shares if shares[1:] else kinds)])
+    if files:
+        tell("stored as", told)
     model = load_shapes(path, stored)
     weights, context = list(model.parameters()), model.config.context
     tell("sizes", f"{sum(p.numel() for p in weights):,} parameters: {model.config}")
