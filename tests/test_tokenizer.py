@@ -356,7 +356,7 @@ def check_data(tokenizer):
     for text in random_texts():
         ids = tokenizer.encode(text)
         assert all(0 <= id < tokenizer.vocab_size for id in ids)
-        expected = tk.unicodedata.normalize("NFC", text) if getattr(tokenizer, "_nfc", 0) else text
+        expected = tk.unicodedata.normalize("NFC", text) if tokenizer.added.nfc else text
         assert tokenizer.decode(ids) == expected
         decoder = tokenizer.stream_decoder()
         pieces = [decoder.feed([id]) for id in ids]
