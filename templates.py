@@ -94,37 +94,40 @@ class Template:
 
         A reply is what the conversation up to it has more than the prompt for it, until the control
         token that ends it. Prompt and reply are encoded apart, as they are when a model replies.
-        A reply that the template changes when more is said (it leaves out earlier thoughts) is not
-        what a model wrote: its tokens count as a part of the next prompt.
+        Where the template writes an earlier turn otherwise as more is said (it leaves out thoughts)
+        that is not what a model wrote: it counts as a part of the prompt that follows.
         """
         control, hidden = self.controls(tokenizer, messages)
         shown = str.maketrans({private: char for char, private in hidden.items()})
 
         def encode(text):
-            return [id for piece in tokenizer.added.split(text, special=True)
-                    for id in ([piece] if isinstance(piece, int)
-                               else tokenizer.encode(piece.translate(shown)))]
-        messages, asked = hide(messages, control, hidden), []
+            ids = []
+            for piece in tokenizer.added.split(text, special=True):
+                ids += ([piece] if isinstance(piece, int)
+                        else tokenizer.encode(piece.translate(shown)))
+            return ids
+        messages, speaks, asked = hide(messages, control, hidden), True, []
         for n, message in enumerate(messages):
             if message["role"] == "assistant":
-                asked += [(messages[:n], True), (messages[:n + 1], False)]
-        speaks = messages[-1]["role"] != "assistant"
-        whole, *texts = self.render([(messages, speaks), *asked])
+                asked += [(messages[:n], False), (messages[:n], True), (messages[:n + 1], False)]
+        whole, *texts = self.render([(messages, messages[-1]["role"] != "assistant"), *asked])
         parts, at = [], 0
-        for prompt, replied in zip(texts[::2], texts[1::2]):
-            start = len(prompt)
-            if not replied.startswith(prompt):          # it begins otherwise: after a control token
+        for before, prompt, replied in zip(texts[::3], texts[1::3], texts[2::3]):
+            start, speaks = len(prompt), True
+            if not replied.startswith(prompt):          # it begins otherwise than it is asked for
                 same = os.path.commonprefix([prompt, replied])
-                start = max((found.end() for found in control.finditer(same)), default=0)
-            if start < at or not whole.startswith(replied):
+                start = max((found.end() for found in re.finditer(rf"{control.pattern}|\n", same)),
+                            default=0)
+            if start < max(at, len(before)) or not whole.startswith(replied):
                 continue
-            inside = [found.end() for found in control.finditer(replied, start)]
-            after = control.search(whole, len(replied))                 # GLM: the next role's
-            end = inside[-1] if inside else after.end() if after else len(whole)
-            stop = [] if inside or after else [tokenizer.special_ids[self.end]]
-            parts += [(encode(whole[at:start]), False), (encode(whole[start:end]) + stop, True)]
-            at = end
-        if speaks or not parts:
+            ends = [found for found in control.finditer(replied, start)]
+            ends = [found for found in ends if found[0] == self.end][:1] or ends[-1:]
+            ends = ends or [*control.finditer(whole, len(replied))][:1]  # GLM: the next role
+            end = ends[0].end() if ends else len(whole)
+            last = [] if ends or not self.end else [tokenizer.special_ids[self.end]]
+            parts += [(encode(whole[at:start]), False), (encode(whole[start:end]) + last, True)]
+            at, speaks = end, messages[-1]["role"] != "assistant" or replied != whole
+        if speaks:
             parts.append((encode(whole[at:]), False))
         return [part for part in parts if part[0]]
 
@@ -162,31 +165,32 @@ def choose_format(tokenizer, template: Template, formats) -> tuple[str | None, s
         if tokenizer.chat_format and names_same(tokenizer, template.source):
             return tokenizer.chat_format, "its chat template names the same control tokens"
         return None, "its chat template is in no format known here, and jinja2 is not installed"
-    try:
-        [text] = template.render([(PROBE[1:], False)])
-        at, reply = 0, 0
-        for message in PROBE[1:]:
-            reply, at = at, text.find(message["content"].strip(), at)
-            if at < 0:
-                raise ValueError("its chat template leaves out what is said")
-            at += len(message["content"].strip())
-        ends = [(text.find(name, reply, at), name) for name in tokenizer.special_ids]
-        ends = sorted(end for end in ends if end[0] >= 0)
-        if not ends:
-            raise ValueError("in its chat template no control token ends a reply")
-        template.end = ends[0][1]
-    except ValueError as error:
-        return None, str(error)
     for name in sorted(formats, key=lambda name: name != tokenizer.chat_format):
-        try:
+        with contextlib.suppress(ValueError, KeyError):     # the vocabulary or the template refuses
             trial = copy.copy(tokenizer)
             trial.chat_format = name
-            if trial.encode_chat(PROBE) == [
-                    id for ids, _ in template.chat_parts(tokenizer, PROBE) for id in ids]:
+            theirs = template.chat_parts(tokenizer, PROBE)
+            if trial.encode_chat(PROBE) == [id for ids, _ in theirs for id in ids]:
                 return name, "its chat template writes the same tokens"
-        except (ValueError, KeyError):       # this vocabulary, or the template, lacks something
-            pass
+    try:
+        template.end = find_end(template, tokenizer.special_ids)
+    except ValueError as error:
+        return None, str(error)
     return "template", "its chat template is in no format known here, and writes the conversation"
+
+
+def find_end(template: Template, names) -> str:
+    """The control token between a reply and what is said next; ValueError if there is none."""
+    [text], said, at = template.render([(PROBE[1:], False)]), [], 0
+    for content in (message["content"].strip() for message in PROBE[1:]):
+        said.append(at := text.find(content, at))
+        if at < 0:
+            raise ValueError("its chat template leaves out what is said")
+    between = text[said[1] + len("Hello."):said[2]]
+    found = re.search("|".join(map(re.escape, sorted(names, key=len, reverse=True))), between)
+    if not (names and found):
+        raise ValueError("in its chat template no control token ends a reply")
+    return found[0]
 
 
 def names_same(tokenizer, source: str) -> bool:
