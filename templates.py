@@ -78,9 +78,7 @@ class Template:
             timer.cancel()
             if not answer.endswith(b"\n"):   # also if interrupted: the answer would be the next's
                 child.kill()
-                child.stdin.close()
-                child.stdout.close()
-                child.wait()
+                child.communicate()
                 self._child = None
         if not answer.endswith(b"\n"):
             raise ValueError(f"its chat template took more than {SECONDS} s, or too much memory")

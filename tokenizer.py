@@ -237,16 +237,20 @@ class AddedTokens:
     """
 
     def __init__(self, special_ids: dict[str, int], added, nfc: bool):
-        self.tokens = {name: {"id": id, "special": True} for name, id in special_ids.items()}
-        self.tokens |= {token["content"]: token for token in added if token["content"]}
-        self.ids, self.nfc = {name: token["id"] for name, token in self.tokens.items()}, nfc
-        self.searches = []                      # (pattern, whether all of its tokens are special)
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        tokens = [{"content": name, "id": id, "special": True} for name, id in special_ids.items()]
+        self.tokens = {token["content"]: flags | token for token in (*tokens, *added)
+                       if token["content"]}
+        self.ids = {name: token["id"] for name, token in self.tokens.items()}
+        self.nfc, self.searches = nfc, []       # (pattern, what it finds -> token)
         for late in (False, True):
-            names = [name for name, token in self.tokens.items()
-                     if bool(token.get("normalized")) == late]
+            names = {self.normalize(name) if late else name: token
+                     for name, token in self.tokens.items() if token["normalized"] == late}
             pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-            self.searches.append((re.compile(pattern) if names else None,
-                                  all(self.tokens[name].get("special") for name in names)))
+            self.searches.append((re.compile(pattern), names))
+
+    def normalize(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def split(self, text: str, special=False):
         """Yields what text consists of: pieces of it, and ids of added tokens between them.
@@ -257,21 +261,20 @@ class AddedTokens:
             if isinstance(piece, int):
                 yield piece
             else:
-                piece = unicodedata.normalize("NFC", piece) if self.nfc else piece
-                yield from self.find(piece, *self.searches[1], special)
+                yield from self.find(self.normalize(piece), *self.searches[1], special)
 
-    def find(self, text, pattern, all_special, special):
+    def find(self, text, pattern, tokens, special):
         at = 0
-        for found in pattern.finditer(text) if pattern and (special or not all_special) else ():
-            token, (start, end) = self.tokens[found[0]], found.span()
-            if token.get("special") and not special:
+        wanted = any(special or not token["special"] for token in tokens.values())
+        for found in pattern.finditer(text) if wanted else ():
+            token, (start, end) = tokens[found[0]], found.span()
+            beside = text[max(start - 1, 0):start] + text[end:end + 1]
+            if (token["special"] and not special
+                    or token["single_word"] and regex.search(r"\w", beside)):
                 continue
-            if token.get("single_word") and regex.search(
-                    r"\w", text[max(start - 1, 0):start] + text[end:end + 1]):
-                continue
-            if token.get("lstrip"):
+            if token["lstrip"]:
                 start = at + len(text[at:start].rstrip(WHITE))
-            if token.get("rstrip"):
+            if token["rstrip"]:
                 end = len(text) - len(text[end:].lstrip(WHITE))
             if start > at:
                 yield text[at:start]
@@ -336,14 +339,12 @@ class ByteBPE(Tokenizer):
             return self._files
         text = {token: "".join(map(STAND_IN.get, token)) for token in self._ranks}
         merges = self._all_merges() if self._merges is None else self._merges
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
         split = dict(type="Split", pattern={"Regex": self._pattern}, behavior="Isolated",
                      invert=False)
         data = dict(
             version="1.0", truncation=None, padding=None, normalizer=None, decoder=level,
-            added_tokens=[dict(id=id, content=name, **flags, special=True)
-                          for name, id in self.special_ids.items()],
+            added_tokens=[*self.added.tokens.values()],
             pre_tokenizer=dict(type="Sequence", pretokenizers=[split, level]), post_processor=None,
             model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
                        end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
