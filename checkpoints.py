@@ -366,11 +366,27 @@ def config_values(config_class: type, assignments: list[str]) -> dict:
     return values
 
 
+OWN = {50_277: (50_277, "20B_tokenizer.json"),              # RWKV's embedding -> its vocabulary:
+       65_536: (65_409, "rwkv_vocab_v20230424.txt")}        # (the fewest tokens, the file)
+
+
 def check_vocabulary(config, tokenizer) -> None:
-    """ValueError if the tokenizer has tokens that the model has not."""
-    if config.vocab_size < tokenizer.vocab_size:
+    """ValueError if the tokenizer is another model's.
+
+    Tokens that were added to it, as "[PAD]", may lie beyond the model; the tokenizer then refuses
+    to encode these.
+    """
+    least, file = OWN.get(config.vocab_size, (0, "")) if "RWKV" in type(config).__name__ else (0, "")
+    if tokenizer.vocab_size < least:
+        raise ValueError(f"the model has {config.vocab_size} ids, the tokenizer "
+                         f"{tokenizer.vocab_size}: it needs its own tokenizer, {file}")
+    beyond = [id for id in (*tokenizer.prefix_ids, tokenizer.end_id)
+              if id is not None and id >= config.vocab_size]
+    if tokenizer.text_size > config.vocab_size or beyond:
         raise ValueError(f"the model has {config.vocab_size} ids, the tokenizer "
                          f"{tokenizer.vocab_size}: it needs its own tokenizer")
+    if tokenizer.vocab_size > config.vocab_size:
+        tokenizer.model_size = config.vocab_size
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -435,7 +451,7 @@ def write_settings(settings, out: Path) -> None:
 def save_resume(out: Path, settings, run, tokenizer, key: str, config,
                 **state) -> None:
     """Replace resume/resume.pt, complete in itself: a kill leaves the old one or the new one."""
-    files = {name: content.decode("latin-1") for name, content in tokenizer.files().items()}
+    files = {name: data.decode("latin-1") for name, data in tokenizer.saved_files().items()}
     path = out / "resume" / "resume.pt"
     path.parent.mkdir(exist_ok=True)
     torch.save({**state, "settings": dataclasses.asdict(settings), "tokenizer": files, "data": key,

@@ -1,0 +1,250 @@
+"""A checkpoint's own chat template (Jinja): conversations in no format that tokenizer.py knows.
+
+Published chat models carry a template that writes a conversation as text, control tokens included.
+A template is a program by a stranger: it runs in jinja2's sandbox, in a child process with limits
+of time and memory, which the sandbox has not. Of the text that it writes, only what it wrote itself
+is searched for control tokens: "<|im_end|>" in a message becomes the tokens of those characters.
+
+    template = Template(find_template(folder, config), {"bos_token": "<s>"})
+    template.render([([{"role": "user", "content": "Hi"}], True)])      # ["<s>[INST] Hi [/INST]"]
+    template.chat_parts(tokenizer, messages)     # as Tokenizer.chat_parts, which calls this
+"""
+import contextlib
+import copy
+import functools
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+SECONDS, MEMORY = 10, 1 << 30                # for one call of `render`; of the child, in bytes
+PROBE = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi there\n"},
+         {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Go on."}]
+
+
+def find_template(folder: Path, config: dict) -> str | None:
+    """The chat template of a folder, of several named ones the default; None if it has none.
+
+    config: tokenizer_config.json. A file of its own precedes it, as in transformers.
+    """
+    found = config.get("chat_template")
+    if (file := folder / "chat_template.json").is_file():
+        found = json.loads(file.read_bytes())["chat_template"]
+    if (file := folder / "chat_template.jinja").is_file():
+        found = file.read_text(encoding="utf-8")
+    if isinstance(found, list):
+        found = {named["name"]: named["template"] for named in found}.get("default")
+    return found
+
+
+class Template:
+    """source: Jinja text.   variables: what it may use beside messages, as bos_token.
+
+    end: the control token that ends a reply; None until `choose_format` has found it.
+    """
+
+    def __init__(self, source: str, variables: dict):
+        self.source, self.variables, self.end, self._child = source, variables, None, None
+
+    def __getstate__(self):
+        return {**self.__dict__, "_child": None}                        # each process has its own
+
+    def render(self, conversations: list[tuple[list[dict], bool]]) -> list[str]:
+        """The text of each (messages, whether the assistant is to speak next).
+
+        ValueError: jinja2 is missing, the template refuses this, or it needs too much.
+        """
+        if not has_jinja():
+            raise ValueError("its chat template needs the package: pip install jinja2")
+        if self._child is None:
+            self._child = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE,
+                                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        child, answer = self._child, b""
+        timer = threading.Timer(SECONDS, child.kill)
+        timer.start()
+        try:
+            request = json.dumps([self.source, self.variables, conversations])
+            child.stdin.write(request.encode() + b"\n")
+            child.stdin.flush()
+            answer = child.stdout.readline()
+        except BrokenPipeError:
+            pass                             # it has ended: no answer either
+        finally:
+            timer.cancel()
+            if not answer.endswith(b"\n"):   # also if interrupted: the answer would be the next's
+                child.kill()
+                child.communicate()
+                self._child = None
+        if not answer.endswith(b"\n"):
+            raise ValueError(f"its chat template took more than {SECONDS} s, or too much memory")
+        texts, error = json.loads(answer)
+        if error:
+            raise ValueError(f"its chat template cannot write this conversation: {error}")
+        return texts
+
+    def chat_parts(self, tokenizer, messages: list[dict]) -> list[tuple[list[int], bool]]:
+        """[(tokens, is_reply), ...] of a conversation.
+
+        A reply is what the conversation up to it has more than the prompt for it, until the control
+        token that ends it. Prompt and reply are encoded apart, as they are when a model replies.
+        Where the template writes an earlier turn otherwise as more is said (it leaves out thoughts)
+        that is not what a model wrote: it counts as a part of the prompt that follows.
+        """
+        control, hidden = self.controls(tokenizer, messages)
+        shown = str.maketrans({private: char for char, private in hidden.items()})
+
+        def encode(text):
+            ids = []
+            for piece in tokenizer.added.split(text, special=True):
+                ids += ([piece] if isinstance(piece, int)
+                        else tokenizer.encode(piece.translate(shown)))
+            return ids
+        messages, speaks, asked = hide(messages, control, hidden), True, []
+        for n, message in enumerate(messages):
+            if message["role"] == "assistant":
+                asked += [(messages[:n], False), (messages[:n], True), (messages[:n + 1], False)]
+        whole, *texts = self.render([(messages, messages[-1]["role"] != "assistant"), *asked])
+        parts, at = [], 0
+        for before, prompt, replied in zip(texts[::3], texts[1::3], texts[2::3]):
+            start, speaks = len(prompt), True
+            if not replied.startswith(prompt):          # it begins otherwise than it is asked for
+                same = os.path.commonprefix([prompt, replied])
+                start = max((found.end() for found in re.finditer(rf"{control.pattern}|\n", same)),
+                            default=0)
+            if start < max(at, len(before)) or not whole.startswith(replied):
+                continue
+            ends = [found for found in control.finditer(replied, start)]
+            ends = [found for found in ends if found[0] == self.end][:1] or ends[-1:]
+            ends = ends or [*control.finditer(whole, len(replied))][:1]  # GLM: the next role
+            end = ends[0].end() if ends else len(whole)
+            last = [] if ends or not self.end else [tokenizer.special_ids[self.end]]
+            parts += [(encode(whole[at:start]), False), (encode(whole[start:end]) + last, True)]
+            at, speaks = end, messages[-1]["role"] != "assistant" or replied != whole
+        if speaks:
+            parts.append((encode(whole[at:]), False))
+        return [part for part in parts if part[0]]
+
+    def controls(self, tokenizer, messages) -> tuple[re.Pattern, dict[str, str]]:
+        """(what finds control tokens, their first characters -> private ones nobody has used)."""
+        names = sorted(tokenizer.special_ids, key=len, reverse=True)
+        used = self.source + json.dumps(messages, ensure_ascii=False)
+        free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+        return (re.compile("|".join(map(re.escape, names))),
+                dict(zip(sorted({name[0] for name in names}), free)))
+
+
+def hide(value, control: re.Pattern, hidden: dict):
+    """A value of JSON with the first character of each control token in it replaced."""
+    if isinstance(value, str):
+        return control.sub(lambda found: hidden[found[0][0]] + found[0][1:], value)
+    if isinstance(value, list):
+        return [hide(inner, control, hidden) for inner in value]
+    if isinstance(value, dict):
+        return {key: hide(inner, control, hidden) for key, inner in value.items()}
+    return value
+
+
+def has_jinja() -> bool:
+    return importlib.util.find_spec("jinja2") is not None
+
+
+def choose_format(tokenizer, template: Template, formats) -> tuple[str | None, str]:
+    """(chat format or None, why) of a tokenizer in whose folder this template is.
+
+    One of `formats` if it writes the same tokens as the template, else "template"; None if the
+    template cannot be used. Without jinja2 the control tokens that the template names decide.
+    """
+    if not has_jinja():
+        if tokenizer.chat_format and names_same(tokenizer, template.source):
+            return tokenizer.chat_format, "its chat template names the same control tokens"
+        return None, "its chat template is in no format known here, and jinja2 is not installed"
+    for name in sorted(formats, key=lambda name: name != tokenizer.chat_format):
+        with contextlib.suppress(ValueError, KeyError):     # the vocabulary or the template refuses
+            trial = copy.copy(tokenizer)
+            trial.chat_format = name
+            theirs = template.chat_parts(tokenizer, PROBE)
+            if trial.encode_chat(PROBE) == [id for ids, _ in theirs for id in ids]:
+                return name, "its chat template writes the same tokens"
+    try:
+        template.end = find_end(template, tokenizer.special_ids)
+    except ValueError as error:
+        return None, str(error)
+    return "template", "its chat template is in no format known here, and writes the conversation"
+
+
+def find_end(template: Template, names) -> str:
+    """The control token between a reply and what is said next; ValueError if there is none."""
+    [text], said, at = template.render([(PROBE[1:], False)]), [], 0
+    for content in (message["content"].strip() for message in PROBE[1:]):
+        said.append(at := text.find(content, at))
+        if at < 0:
+            raise ValueError("its chat template leaves out what is said")
+    between = text[said[1] + len("Hello."):said[2]]
+    found = re.search("|".join(map(re.escape, sorted(names, key=len, reverse=True))), between)
+    if not (names and found):
+        raise ValueError("in its chat template no control token ends a reply")
+    return found[0]
+
+
+def names_same(tokenizer, source: str) -> bool:
+    """Whether a template names the control tokens of the tokenizer's chat format, and adds nothing
+    of which is known that a reply depends on it: an opened thought, the task of a guard."""
+    name = {id: name for name, id in tokenizer.special_ids.items()}
+    written = {name[id] for id in tokenizer.encode_chat(PROBE) if id in name}
+    written -= {name.get(tokenizer.bos_id), "<|system|>", "<|user|>"}   # also written as variables
+    return all(mark in source for mark in written) and not re.search("<think>|unsafe", source)
+
+
+# ---- the child process: this file as a program ---------------------------------------------------
+
+@functools.lru_cache
+def compile_template(source: str):
+    """The template in the environment that transformers gives it."""
+    import datetime
+
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message):
+        raise jinja2.TemplateError(message)
+
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = to_json
+    environment.globals |= {"raise_exception": refuse, "strftime_now":
+                            lambda form: datetime.datetime.now().strftime(form)}
+    # {% generation %} marks replies for training; here it is a block like any other.
+    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+    return environment.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source))
+
+
+def serve():
+    """Answer each line [source, variables, conversations] by one line [texts, error]."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is for the parent
+    with contextlib.suppress(ImportError, ValueError, OSError):         # not on Windows
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    for line in sys.stdin:
+        texts, error = [], None
+        try:
+            source, variables, conversations = json.loads(line)
+            for messages, speaks in conversations:
+                tools = [tool for m in messages for tool in m.get("tools") or ()]
+                texts.append(compile_template(source).render(
+                    **variables, messages=messages, tools=tools or None, documents=None,
+                    add_generation_prompt=speaks))
+        except Exception as problem:                        # whatever a template does wrong
+            error = f"{type(problem).__name__}: {problem}"[:300]
+        print(json.dumps([texts, error]), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
