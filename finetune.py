@@ -45,9 +45,9 @@ from checkpoints import (check_vocabulary, config_values, eos_tokens, identify, 
                          readable, resume_settings, save_resume, saved_tokenizer)
 from lora import LoRALinear, adapters, add_lora, load_adapter, merged, save_adapter  # noqa: F401
 from rows import (EMPTY, Notices, RewardError, all_labels, chat_parts, code_reward,  # noqa: F401
-                  conversation, ending, header_rows, label_key, label_of, label_rows, load_reward,
-                  naming, preference_rows, question_rows, read_rows, score_code, shown, string,
-                  weight_of)
+                  conversation, ending, excluded, header_rows, label_key, label_of, label_rows,
+                  load_reward, naming, preference_rows, question_rows, read_rows, score_code, shown,
+                  string)
 from train import Run, flag
 
 # ----------------------------------------------------------------------------------------- settings
@@ -265,7 +265,7 @@ class Task(nn.Module):
         made, notices = [], self.notices
         for row in rows:
             with naming(row):
-                if self.settings.task != "classify" and weight_of(row) == 0:
+                if self.settings.task != "classify" and excluded(row):
                     notices["rows are left out: their weight is 0"] += 1
                 elif example := self.example(row):
                     made.append(example)
