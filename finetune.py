@@ -40,14 +40,14 @@ from torch.nn import functional as F
 
 import tokenizer as text
 import train
-from checkpoints import (check_vocabulary, config_values, eos_tokens, identify, load_checkpoint,
-                         load_resume, locate, make_run_directory, model_parts, publish, read_json,
-                         readable, resume_settings, save_resume, saved_tokenizer)
-from lora import LoRALinear, adapters, add_lora, load_adapter, merged, save_adapter  # noqa: F401
-from rows import (EMPTY, Notices, RewardError, all_labels, chat_parts, code_reward,  # noqa: F401
-                  conversation, ending, excluded, header_rows, label_key, label_of, label_rows,
-                  load_reward, naming, preference_rows, question_rows, read_rows, score_code, shown,
-                  string)
+from checkpoints import (check_vocabulary, config_values, draw_log, eos_tokens, identify,
+                         load_checkpoint, load_resume, locate, make_run_directory, model_parts,
+                         publish, read_json, readable, resume_settings, save_resume,
+                         saved_tokenizer)
+from lora import add_lora, load_adapter, merged, save_adapter
+from rows import (EMPTY, Notices, RewardError, all_labels, chat_parts, conversation, ending,
+                  excluded, header_rows, label_key, label_of, label_rows, load_reward, naming,
+                  preference_rows, question_rows, read_rows, score_code, shown, string)
 from train import Run, flag
 
 # ----------------------------------------------------------------------------------------- settings
@@ -72,7 +72,7 @@ class Settings(train.Common):
     chat: str | None = flag(None, "chat format, or none: plain text (the tokenizer's own, else "
                             "alpaca)", choices=("none", *text.CHAT_FORMATS))
     batch: int | None = flag(None, "examples in a step (16; grpo: 8 prompts)", "batch_size", low=1)
-    eval_examples: int = flag(256, "held-out examples of a validation on the way", low=1)
+    eval_examples: int = flag(256, "held-out examples of a validation", low=1)
     samples: int = flag(2, "how many samples to show", low=0)
     max_new_tokens: int = flag(64, "longest completion of grpo, and of samples", low=1)
     lora: int | None = flag(None, "train an adapter of this rank instead of the matrices", low=1)
@@ -757,8 +757,9 @@ def plan(settings: Settings, run: Run, name: str, task: Task, learn: list[dict],
     for notice in task.notices.lines():
         run.say(f"data       {notice}")
     run.say(f"model      {name}, {total:,} parameters, of which {learned:,} learn")
-    train.plan_memory(settings, run, type(task.model), task.config, rows,
-                      sum(sizes.values()), learned)
+    with torch.device("meta"):
+        empty = train.NextTokenLoss(type(task.model)(task.config).train())
+    train.plan_memory(settings, run, empty, rows, sum(sizes.values()), learned)
     run.say(f"plan       {settings.task}: {settings.steps} steps of {settings.batch} examples, "
             f"learning rate {settings.lr:.2g}" + (
                 f", chat format {settings.chat}" if settings.task != "classify" else ""))
@@ -772,12 +773,12 @@ def finetune(settings: Settings, given: set[str]) -> None:
     saved = None
     if settings.resume:
         out, saved = load_resume(settings.resume)
-        settings = resume_settings(Settings, saved, settings, given, out,
-                                   train.HARMLESS | {"samples", "eval_examples"})
+        settings, changed = resume_settings(Settings, saved, settings, given, out,
+                                            train.HARMLESS | {"samples", "eval_examples"})
     else:
         check_settings(settings, given)
     with contextlib.redirect_stdout(sys.stderr if settings.predict else sys.stdout):
-        run = train.start_run(settings)      # of a prediction only labels go to stdout
+        run = train.start_run(settings, train.STARTED)  # of a prediction only labels go to stdout
     if saved:
         name, tokenizer = saved["name"], saved_tokenizer(saved)
         model_class, config_class, _ = model_parts(name)
@@ -813,7 +814,7 @@ def finetune(settings: Settings, given: set[str]) -> None:
     batches = Batches(learn, settings, run)
     optimizer = train.make_optimizer(task, settings.weight_decay)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    step, skipped, after = 0, 0, {}
+    step, skipped, best = 0, 0, {"step": 0, "done": 0.0, "measures": {}}
 
     def micro_batches(step):
         """GRPO draws its own; each round of them serves some steps."""
@@ -827,9 +828,11 @@ def finetune(settings: Settings, given: set[str]) -> None:
     def save():
         if run.rank == 0:
             save_resume(run.out, settings, run, tokenizer, key, task.config, name=name, step=step,
-                        before=before, task=task.kept, model=task.state_dict(),
+                        before=before, best=best, task=task.kept, model=task.state_dict(),
                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            publish(task, tokenizer, settings, run.out)
+            if settings.keep == "last" or best["step"] in (0, step):
+                publish(task, tokenizer, settings, run.out)
+            draw_log(run.out)
 
     @contextlib.contextmanager
     def saving():
@@ -845,11 +848,12 @@ def finetune(settings: Settings, given: set[str]) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         step, run.started = saved["step"], time.time() - saved["spent"]
+        best = saved.get("best", best)
         if max(run.world, saved["world"]) > 1:                          # each has drawn its own
             task.kept.pop("round", None)
-        if saved["world"] != run.world:
-            run.say(f"resume     not bit-exactly: started on {saved['world']} processes")
-    before = saved["before"] if saved else task.measures(held)
+        train.say_changes(run, saved, changed)
+    held_out = held[:settings.eval_examples]
+    before = saved["before"] if saved else task.measures(held_out)
     run.say("before     " + train.shown(before))
     if settings.eval_only:
         return
@@ -866,7 +870,7 @@ def finetune(settings: Settings, given: set[str]) -> None:
         loss = train.compile_loss(settings.compile, run, task, micro_batches(step)[0])
     pace = train.Pace(settings, run, step)
     with train.Interrupt() as interrupt, saving():
-        while step < pace.steps:
+        while pace.done < 1:
             begun = time.perf_counter()
             torch.manual_seed((settings.seed * 1_000_003 + step) * run.world + run.rank)
             lr = train.learning_rate(settings, step, pace.steps)
@@ -889,23 +893,32 @@ def finetune(settings: Settings, given: set[str]) -> None:
                 save()
                 raise ValueError("ten steps in a row had no finite loss or gradient: the state "
                                  f"after step {step} is saved; try a lower --lr")
-            last = step >= pace.steps
-            if last or train.due(settings.eval_every, 10, step, pace.steps):
-                after = task.measures(held if last else held[:settings.eval_examples])
+            if pace.due(settings.eval_every, 10, step):
+                after = task.measures(held_out)
                 run.log(step=step, **after)
                 run.say("           validation: " + train.shown(after))
-            if last or train.due(settings.sample_every, 4, step, pace.steps):
+                if not best["step"] or better(after, best["measures"]):
+                    best = {"step": step, "done": pace.done, "measures": after}
+                    if settings.keep == "best" and run.rank == 0:
+                        publish(task, tokenizer, settings, run.out)
+                elif settings.keep == "best" and pace.done - best["done"] > 1 / 3:
+                    run.say(f"stopped    at step {step}: no validation has been better than that "
+                            f"of step {best['step']} for a third of the run")
+                    pace.done = 1.0
+            if pace.done < 1 and pace.due(settings.sample_every, 3, step):
                 run.say(task.sample(held[:settings.samples]))
             stop = interrupt.seen(run)
-            if pace.save_is_due() or last or stop:
+            if pace.save_is_due() or stop:
                 save()
             if stop:
                 run.say(f"stopped after step {step}; to go on:  "
                         f"python finetune.py --resume {run.out}")
                 raise SystemExit(128 + stop)
-    if not after:                            # all was done, but perhaps not published
-        after = task.measures(held)
-        save()
+    run.say(task.sample(held[:settings.samples]))
+    after = best["measures"] if settings.keep == "best" else task.measures(held_out)
+    save()
+    if settings.keep == "best":
+        run.say(f"the weights kept are those of step {best['step']}, the best validation")
     for measure, value in after.items():
         run.say(f"{measure:<10} {before[measure]:.4f} -> {value:.4f}")
     use = f"python chat.py {settings.out}"
@@ -915,6 +928,13 @@ def finetune(settings: Settings, given: set[str]) -> None:
         use = f"python finetune.py --merge --init-from {settings.out} --out NEW"
     run.say(f"{train.clock(time.time() - run.started)} in all, peak memory "
             f"{train.peak_bytes(run.device) / 2**30:.2f} GB. Use it:  {use}")
+
+
+def better(measures: dict, than: dict) -> bool:
+    """Whether a validation is better than another: a smaller loss, or a larger reward."""
+    if "reward" in measures:
+        return measures["reward"] > than["reward"]
+    return measures["val_loss"] < than["val_loss"]
 
 
 def main(argv: list[str] | None = None) -> None:

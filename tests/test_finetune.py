@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 import checkpoints
 import finetune
+import lora
 import tokenizer as text
 import train
+from rows import code_reward
 
 MODELS = [name for name, (module, _) in train.MODELS.items()
           if (ROOT / f"{module.replace('.', '/')}.py").exists()]
@@ -163,7 +165,7 @@ def test_advantages_are_deviations_from_the_group():
 
 def test_the_reward_of_code_needs_two_statements_that_the_group_does_not_have():
     def earned(*completions):
-        return finetune.code_reward("def f(x):\n", list(completions), [True] * len(completions))
+        return code_reward("def f(x):\n", list(completions), [True] * len(completions))
     two = "    y = x + 1\n    return y\n\n\n"
     assert earned("", "#", "    pass", "    #", "    pass\n    pass\n", "    1\n    'a'\n    ...\n    x\n") == [0.0] * 6
     assert earned("    return x\n", two, "    return (\n", "    y = 1; y = 1\n") == [0, 1, 0, 0]
@@ -171,8 +173,8 @@ def test_the_reward_of_code_needs_two_statements_that_the_group_does_not_have():
     assert earned("    x = " + "a + " * 20000 + "a\n    return x\n") in ([0], [1])         # too deep for some Pythons
     assert earned(two, two, "    y = x + 1\n    return x\n", "    if x:\n        a()\n") == [1, 0, 0, 1]
     assert earned("    y = x + 1\n    return x\n", two) == [1, 0]       # `return y` alone is new
-    assert finetune.code_reward("def f(x):\n", [two], [False]) == [0]   # did not end by itself
-    assert finetune.code_reward("def f(x):\n", ["    x = " + "(" * 9000, "    \0"], [True, True]) == [0, 0]
+    assert code_reward("def f(x):\n", [two], [False]) == [0]   # did not end by itself
+    assert code_reward("def f(x):\n", ["    x = " + "(" * 9000, "    \0"], [True, True]) == [0, 0]
 
 
 # --- sequences ---
@@ -416,7 +418,7 @@ def adapted(name, rank=3, **more):
 
 
 def draw_adapters(model):
-    for module in finetune.adapters(model).values():
+    for module in lora.adapters(model).values():
         nn.init.normal_(module.lora_B, std=0.1)
 
 
@@ -482,7 +484,7 @@ def test_every_matrix_can_have_an_adapter_and_each_has_an_effect(name):
     if getattr(model.config, "tie_word_embeddings", False):
         model = type(model)(finetune.dataclasses.replace(model.config, tie_word_embeddings=False)).eval()
     finetune.add_lora(model, finetune.Settings(lora=3, lora_alpha=6.0, lora_targets=""))
-    plain, places = model(tokens), finetune.adapters(model)
+    plain, places = model(tokens), lora.adapters(model)
     assert any(name in ("head", "lm_head") for name in places)
     for place, module in places.items():
         nn.init.normal_(module.lora_B, std=0.5)
@@ -492,7 +494,7 @@ def test_every_matrix_can_have_an_adapter_and_each_has_an_effect(name):
 
 def test_lora_targets_choose_matrices_by_name():
     _, model = adapted("gpt", lora_targets=r"h\.1\.attn")
-    assert list(finetune.adapters(model)) == ["h.1.attn.c_attn", "h.1.attn.c_proj"]
+    assert list(lora.adapters(model)) == ["h.1.attn.c_attn", "h.1.attn.c_proj"]
     for wrong, word in (("nothing", "h.0.attn.c_attn"), ("(", "--lora-targets")):
         with pytest.raises(ValueError, match=word):
             adapted("gpt", lora_targets=wrong)
