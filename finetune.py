@@ -46,8 +46,8 @@ from checkpoints import (check_vocabulary, config_values, draw_log, eos_tokens, 
                          saved_tokenizer)
 from lora import add_lora, load_adapter, merged, save_adapter
 from rows import (EMPTY, Notices, RewardError, all_labels, chat_parts, conversation, ending,
-                  header_rows, label_key, label_of, label_rows, load_reward, naming,
-                  preference_rows, question_rows, read_rows, score_code, shown, string, weight_of)
+                  excluded, header_rows, label_key, label_of, label_rows, load_reward, naming,
+                  preference_rows, question_rows, read_rows, score_code, shown, string)
 from train import Run, flag
 
 # ----------------------------------------------------------------------------------------- settings
@@ -265,7 +265,7 @@ class Task(nn.Module):
         made, notices = [], self.notices
         for row in rows:
             with naming(row):
-                if self.settings.task != "classify" and weight_of(row) == 0:
+                if self.settings.task != "classify" and excluded(row):
                     notices["rows are left out: their weight is 0"] += 1
                 elif example := self.example(row):
                     made.append(example)

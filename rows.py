@@ -139,12 +139,15 @@ def conversation(row: dict, reply: str | None = None, notices: Notices | None = 
         if left.get(key):
             messages = with_system(messages, string(left, key), key)
             del left[key]
-    if left.get("tools") not in (*EMPTY, "[]"):
+    tools = from_json(left.pop("tools", None))
+    if tools not in EMPTY:
+        if not isinstance(tools, list):
+            raise ValueError(f'"tools" is {tools!r:.80}: a list is needed')
         if not messages or messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": ""})
-        messages[0]["tools"] = list_of_tools(left["tools"])
+        messages[0]["tools"] = tools
     notices.ignore(key for key, value in left.items()
-                   if key not in ("tools", *WEIGHTS) and value not in EMPTY)
+                   if key not in WEIGHTS and value not in EMPTY)
     return messages
 
 
@@ -175,13 +178,16 @@ def turns(row: dict, key: str, role: str, notices: Notices) -> list[dict]:
     """The messages under a key, which is taken out of the row: a text, by this role; a message; a
     list of messages, of texts by turns, or (history) of pairs of texts."""
     value = row.pop(key)
-    if isinstance(value, str):
+    if key in (*CHATS, "history"):
+        value = from_json(value)
+    elif isinstance(value, str):
         return [{"role": role, "content": value}]
     found = [value] if isinstance(value, dict) else value
     if key == "history" and isinstance(found, list):
         found = [turn for pair in found for turn in (pair if isinstance(pair, list) else [pair])]
     if not isinstance(found, list):
-        raise ValueError(f'"{key}" is {value!r:.80}: a text or a list of messages is needed')
+        raise ValueError(f'"{key}" is {value!r:.80}: {"" if key in CHATS else "a text or "}a list '
+                         "of messages is needed")
     if role == "user" and all(isinstance(turn, str) for turn in found):
         return [{"role": ("user", "assistant")[n % 2], "content": turn}
                 for n, turn in enumerate(found)]
@@ -236,13 +242,17 @@ def with_system(messages: list[dict], system: str, key: str) -> list[dict]:
     return messages
 
 
-def list_of_tools(value) -> list:
-    """Tools, which some data sets have as JSON inside JSON."""
-    with contextlib.suppress(ValueError, TypeError):
-        value = json.loads(value)
-    if not isinstance(value, list):
-        raise ValueError(f'"tools" is {value!r:.80}: a list is needed')
+def from_json(value):
+    """A list that some data sets have as JSON inside JSON, or in a column of a table."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
     return value
+
+
+def excluded(row: dict) -> bool:
+    """Whether a row of prompt and reply says itself that it is not to be learnt."""
+    return bool({*SHAPES, "chosen"} & row.keys()) and weight_of(row) == 0
 
 # ------------------------------------------------------------------------------- messages to tokens
 
@@ -333,7 +343,7 @@ def all_labels(rows: list[dict], notices: Notices) -> list[str]:
 
 # ------------------------------------------------------------------------------------ rows of files
 
-TABLES = {".csv": ",;\t", ".tsv": "\t", ".tab": "\t", "": "\t,;"}     # the first that is there
+TABLES = {".csv": ",;\t|", ".tsv": "\t", ".tab": "\t", "": "\t,;"}     # the first that is there
 INVALID = ascii(data.INVALID)[1:-1]          # as it stands in the repr of a row
 
 def read_rows(paths: list[str], encoding: str | None = None, columns: list[str] = (),
