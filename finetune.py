@@ -28,7 +28,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import shutil
 import sys
 import time
@@ -45,9 +44,10 @@ from checkpoints import (check_vocabulary, config_values, draw_log, eos_tokens, 
                          publish, read_json, readable, resume_settings, save_resume,
                          saved_tokenizer)
 from lora import add_lora, load_adapter, merged, save_adapter
-from rows import (EMPTY, Notices, RewardError, all_labels, chat_parts, conversation, ending,
-                  excluded, header_rows, label_key, label_of, label_rows, load_reward, naming,
-                  preference_rows, question_rows, read_rows, score_code, shown, string)
+from rows import (EMPTY, Notices, RewardError, all_labels, chat_parts, content_of, conversation,
+                  ending, excluded, header_rows, label_key, label_of, label_rows, load_reward,
+                  naming, preference_rows, question_rows, read_rows, score_code, shown, split,
+                  string)
 from train import Run, flag
 
 # ----------------------------------------------------------------------------------------- settings
@@ -604,33 +604,6 @@ class GRPO(Task):
 # task -> its class, default rows, examples in a step, epochs, learning rate relative to sft's
 RECIPES = {"sft": (SFT, question_rows, 16, 3, 1.0), "classify": (Classify, label_rows, 16, 4, 1.0),
            "dpo": (DPO, preference_rows, 16, 2, 0.3), "grpo": (GRPO, header_rows, 8, 1, 1.0)}
-
-
-def content_of(example: dict) -> int:
-    """The same for examples that are copies of each other."""
-    return hash(repr((example["rows"], example.get("label"))))
-
-
-def split(examples: list[dict], settings: Settings) -> tuple[list[dict], list[dict]]:
-    """(to learn from, held out): the same part of every label; copies stay together."""
-    piles, learn, held, dice = {}, [], [], random.Random(settings.split_seed)
-    for example in examples:
-        piles.setdefault(example.get("label", 0), []).append(example)
-    least = min(map(len, piles.values()), default=0) if settings.balance else None
-    for _, pile in sorted(piles.items()):
-        dice.shuffle(pile)
-        pile, copies = pile[:least], {}
-        for example in pile:
-            copies.setdefault(content_of(example), []).append(example)
-        room = min(len(copies) - 1, max(1, round(settings.hold_out * len(pile))))
-        room = 0 if settings.val else room
-        for group in copies.values():
-            side = held if len(group) <= room else learn
-            side += group
-            room -= len(group) if side is held else 0
-    dice.shuffle(learn)
-    dice.shuffle(held)
-    return learn, held
 
 
 def check_settings(settings: Settings, given: set[str]) -> None:

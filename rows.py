@@ -186,8 +186,8 @@ def turns(row: dict, key: str, role: str, notices: Notices) -> list[dict]:
     if key == "history" and isinstance(found, list):
         found = [turn for pair in found for turn in (pair if isinstance(pair, list) else [pair])]
     if not isinstance(found, list):
-        raise ValueError(f'"{key}" is {value!r:.80}: {"" if key in CHATS else "a text or "}a list '
-                         "of messages is needed")
+        wanted = "" if key in (*CHATS, "history") else "a text or "
+        raise ValueError(f'"{key}" is {value!r:.80}: {wanted}a list of messages is needed')
     if role == "user" and all(isinstance(turn, str) for turn in found):
         return [{"role": ("user", "assistant")[n % 2], "content": turn}
                 for n, turn in enumerate(found)]
@@ -340,6 +340,35 @@ def all_labels(rows: list[dict], notices: Notices) -> list[str]:
         notices.said.append("labels of one row only, which is learnt and not validated: "
                             + data.shorten(once))
     return sorted(found.most_common(1)[0][0] for found in spellings.values())
+
+# --------------------------------------------------------------------------------- what is held out
+
+
+def content_of(example: dict) -> int:
+    """The same for examples that are copies of each other."""
+    return hash(repr((example["rows"], example.get("label"))))
+
+
+def split(examples: list[dict], settings) -> tuple[list[dict], list[dict]]:
+    """(to learn from, held out): the same part of every label; copies stay together."""
+    piles, learn, held, dice = {}, [], [], random.Random(settings.split_seed)
+    for example in examples:
+        piles.setdefault(example.get("label", 0), []).append(example)
+    least = min(map(len, piles.values()), default=0) if settings.balance else None
+    for _, pile in sorted(piles.items()):
+        dice.shuffle(pile)
+        pile, copies = pile[:least], {}
+        for example in pile:
+            copies.setdefault(content_of(example), []).append(example)
+        room = min(len(copies) - 1, max(1, round(settings.hold_out * len(pile))))
+        room = 0 if settings.val else room
+        for group in copies.values():
+            side = held if len(group) <= room else learn
+            side += group
+            room -= len(group) if side is held else 0
+    dice.shuffle(learn)
+    dice.shuffle(held)
+    return learn, held
 
 # ------------------------------------------------------------------------------------ rows of files
 
