@@ -48,11 +48,10 @@ class Template:
     end: the control token that ends a reply; None until `choose_format` has found it.
     """
 
-    def __init__(self, source: str, variables: dict):
-        self.source, self.variables, self.end, self._child = source, variables, None, None
+    child, parent = None, 0                  # the process that renders for all, and who started it
 
-    def __getstate__(self):
-        return {**self.__dict__, "_child": None}                        # each process has its own
+    def __init__(self, source: str, variables: dict):
+        self.source, self.variables, self.end = source, variables, None
 
     def render(self, conversations: list[tuple[list[dict], bool]]) -> list[str]:
         """The text of each (messages, whether the assistant is to speak next).
@@ -61,10 +60,11 @@ class Template:
         """
         if not has_jinja():
             raise ValueError("its chat template needs the package: pip install jinja2")
-        if self._child is None:
-            self._child = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE,
-                                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        child, answer = self._child, b""
+        if Template.child is None or Template.parent != os.getpid():    # a fork needs its own
+            Template.parent = os.getpid()
+            Template.child = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE,
+                                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        child, answer = Template.child, b""
         timer = threading.Timer(SECONDS, child.kill)
         timer.start()
         try:
@@ -79,7 +79,7 @@ class Template:
             if not answer.endswith(b"\n"):   # also if interrupted: the answer would be the next's
                 child.kill()
                 child.communicate()
-                self._child = None
+                Template.child = None
         if not answer.endswith(b"\n"):
             raise ValueError(f"its chat template took more than {SECONDS} s, or too much memory")
         texts, error = json.loads(answer)

@@ -311,7 +311,7 @@ def test_a_template_that_refuses_a_conversation_says_why(folder):
 def test_an_interrupted_call_does_not_answer_the_next(folder):
     tokenizer = load_tokenizer(folder(CHATML))
     expected = tokenizer.encode_chat(ASKED)
-    tokenizer.template._child.kill()
+    tokenizer.template.child.kill()
     with pytest.raises(ValueError, match="took more than"):
         tokenizer.encode_chat(ASKED)
     assert tokenizer.encode_chat(ASKED) == expected
@@ -325,7 +325,7 @@ def test_an_interrupted_call_does_not_answer_the_next(folder):
 
         def readline(self):
             raise KeyboardInterrupt
-    tokenizer.template._child.stdout = Interrupted(tokenizer.template._child.stdout)
+    tokenizer.template.child.stdout = Interrupted(tokenizer.template.child.stdout)
     with pytest.raises(KeyboardInterrupt):
         tokenizer.template.render([(ASKED, False)])
     assert tokenizer.encode_chat(ASKED) == expected
