@@ -57,6 +57,7 @@ RWKVS = (                                    # the first whose pattern a name an
     (r"att\.time_mix \(", "rwkv2"),
     (r"att\.time_decay \(\d+, 1\)", "rwkv3"),
     (r"att\.time_decay ", "rwkv4"),
+    (r"att\.time_state ", "a tuned state without its model: put its tensors into the model's .pth"),
 )
 
 
