@@ -33,8 +33,6 @@ def find_template(folder: Path, config: dict) -> str | None:
     config: tokenizer_config.json. A file of its own precedes it, as in transformers.
     """
     found = config.get("chat_template")
-    if (file := folder / "chat_template.json").is_file():
-        found = json.loads(file.read_bytes())["chat_template"]
     if (file := folder / "chat_template.jinja").is_file():
         found = file.read_text(encoding="utf-8")
     if isinstance(found, list):
@@ -45,10 +43,10 @@ def find_template(folder: Path, config: dict) -> str | None:
 class Template:
     """source: Jinja text.   variables: what it may use beside messages, as bos_token.
 
-    end: the control token that ends a reply; None until `choose_format` has found it.
+    end: the control token that ends a reply; Tokenizer.chat_format = "template" looks for it.
     """
 
-    child, parent = None, 0                  # the process that renders for all, and who started it
+    children = {}            # process -> the child that renders for it: a fork must not share pipes
 
     def __init__(self, source: str, variables: dict):
         self.source, self.variables, self.end = source, variables, None
@@ -60,11 +58,10 @@ class Template:
         """
         if not has_jinja():
             raise ValueError("its chat template needs the package: pip install jinja2")
-        if Template.child is None or Template.parent != os.getpid():    # a fork needs its own
-            Template.parent = os.getpid()
-            Template.child = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE,
-                                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        child, answer = Template.child, b""
+        if (me := os.getpid()) not in self.children:
+            self.children[me] = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE,
+                                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        child, answer = self.children[me], b""
         timer = threading.Timer(SECONDS, child.kill)
         timer.start()
         try:
@@ -78,8 +75,7 @@ class Template:
             timer.cancel()
             if not answer.endswith(b"\n"):   # also if interrupted: the answer would be the next's
                 child.kill()
-                child.communicate()
-                Template.child = None
+                self.children.pop(me).communicate()
         if not answer.endswith(b"\n"):
             raise ValueError(f"its chat template took more than {SECONDS} s, or too much memory")
         texts, error = json.loads(answer)
@@ -90,52 +86,71 @@ class Template:
     def chat_parts(self, tokenizer, messages: list[dict]) -> list[tuple[list[int], bool]]:
         """[(tokens, is_reply), ...] of a conversation.
 
-        A reply is what the conversation up to it has more than the prompt for it, until the control
-        token that ends it. Prompt and reply are encoded apart, as they are when a model replies.
-        Where the template writes an earlier turn otherwise as more is said (it leaves out thoughts)
-        that is not what a model wrote: it counts as a part of the prompt that follows.
+        Prompt and reply are encoded apart, as they are when a model replies. Control tokens in a
+        message pass the template with private characters that nobody used as their first ones.
         """
-        control, hidden = self.controls(tokenizer, messages)
+        control = find_any(tokenizer.special_ids)
+        used = self.source + json.dumps(messages, ensure_ascii=False)
+        free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+        hidden = dict(zip(sorted({name[0] for name in tokenizer.special_ids}), free))
         shown = str.maketrans({private: char for char, private in hidden.items()})
+        whole, replies = self.find_replies(hide(messages, control, hidden), control)
+        parts, at = [], 0
+        for start, end in [*replies, (len(whole), len(whole))]:
+            for text, is_reply in ((whole[at:start], False), (whole[start:end], True)):
+                ids = []
+                for piece in tokenizer.added.split(text, special=True):
+                    ids += ([piece] if isinstance(piece, int)
+                            else tokenizer.encode(piece.translate(shown)))
+                parts += [(ids, is_reply)] if ids else []
+            at = end
+        return parts
 
-        def encode(text):
-            ids = []
-            for piece in tokenizer.added.split(text, special=True):
-                ids += ([piece] if isinstance(piece, int)
-                        else tokenizer.encode(piece.translate(shown)))
-            return ids
-        messages, speaks, asked = hide(messages, control, hidden), True, []
+    def find_replies(self, messages, control: re.Pattern) -> tuple[str, list[tuple[int, int]]]:
+        """(the text of a conversation, [(start, end) of a reply in it, ...]).
+
+        A reply is what the conversation up to it has more than the prompt for it, until the control
+        token that ends it. Where the template writes an earlier turn otherwise as more is said (it
+        leaves out thoughts) that is not what a model wrote, and no reply.
+        """
+        asked, replies, last = [], [], messages[-1]["role"] == "assistant"
         for n, message in enumerate(messages):
             if message["role"] == "assistant":
                 asked += [(messages[:n], False), (messages[:n], True), (messages[:n + 1], False)]
-        whole, *texts = self.render([(messages, messages[-1]["role"] != "assistant"), *asked])
-        parts, at = [], 0
+        whole, *texts = self.render([(messages, not last), *asked])
         for before, prompt, replied in zip(texts[::3], texts[1::3], texts[2::3]):
-            start, speaks = len(prompt), True
+            start = len(prompt)
             if not replied.startswith(prompt):          # it begins otherwise than it is asked for
                 same = os.path.commonprefix([prompt, replied])
                 start = max((found.end() for found in re.finditer(rf"{control.pattern}|\n", same)),
                             default=0)
+            at = replies[-1][1] if replies else 0
             if start < max(at, len(before)) or not whole.startswith(replied):
                 continue
-            ends = [found for found in control.finditer(replied, start)]
+            ends = [*control.finditer(replied, start)]
             ends = [found for found in ends if found[0] == self.end][:1] or ends[-1:]
             ends = ends or [*control.finditer(whole, len(replied))][:1]  # GLM: the next role
-            end = ends[0].end() if ends else len(whole)
-            last = [] if ends or not self.end else [tokenizer.special_ids[self.end]]
-            parts += [(encode(whole[at:start]), False), (encode(whole[start:end]) + last, True)]
-            at, speaks = end, messages[-1]["role"] != "assistant" or replied != whole
-        if speaks:
-            parts.append((encode(whole[at:]), False))
-        return [part for part in parts if part[0]]
+            if last and replied == whole:       # what stands after its end comes with the next turn
+                whole = whole[:ends[0].end()] if ends else whole + (self.end or "")
+            replies.append((start, ends[0].end() if ends else len(whole)))
+        return whole, replies
 
-    def controls(self, tokenizer, messages) -> tuple[re.Pattern, dict[str, str]]:
-        """(what finds control tokens, their first characters -> private ones nobody has used)."""
-        names = sorted(tokenizer.special_ids, key=len, reverse=True)
-        used = self.source + json.dumps(messages, ensure_ascii=False)
-        free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
-        return (re.compile("|".join(map(re.escape, names))),
-                dict(zip(sorted({name[0] for name in names}), free)))
+    def find_end(self, names) -> str:
+        """The control token between a reply and what is said next; ValueError if there is none."""
+        [text], said, at = self.render([(PROBE[1:], False)]), [], 0
+        for content in (message["content"].strip() for message in PROBE[1:]):
+            said.append(at := text.find(content, at))
+            if at < 0:
+                raise ValueError("its chat template leaves out what is said")
+        found = find_any(names).search(text, said[1] + len("Hello."), said[2])
+        if not found:
+            raise ValueError("in its chat template no control token ends a reply")
+        return found[0]
+
+
+def find_any(names) -> re.Pattern:
+    """What finds these names, the longest first; nothing if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 def hide(value, control: re.Pattern, hidden: dict):
@@ -163,32 +178,20 @@ def choose_format(tokenizer, template: Template, formats) -> tuple[str | None, s
         if tokenizer.chat_format and names_same(tokenizer, template.source):
             return tokenizer.chat_format, "its chat template names the same control tokens"
         return None, "its chat template is in no format known here, and jinja2 is not installed"
+    theirs = None
+    with contextlib.suppress(ValueError):           # it may refuse a system message
+        theirs = [id for ids, _ in template.chat_parts(tokenizer, PROBE) for id in ids]
     for name in sorted(formats, key=lambda name: name != tokenizer.chat_format):
-        with contextlib.suppress(ValueError, KeyError):     # the vocabulary or the template refuses
+        with contextlib.suppress(ValueError, KeyError):                 # the vocabulary refuses
             trial = copy.copy(tokenizer)
             trial.chat_format = name
-            theirs = template.chat_parts(tokenizer, PROBE)
-            if trial.encode_chat(PROBE) == [id for ids, _ in theirs for id in ids]:
+            if trial.encode_chat(PROBE) == theirs:
                 return name, "its chat template writes the same tokens"
     try:
-        template.end = find_end(template, tokenizer.special_ids)
+        template.find_end(tokenizer.special_ids)
     except ValueError as error:
         return None, str(error)
     return "template", "its chat template is in no format known here, and writes the conversation"
-
-
-def find_end(template: Template, names) -> str:
-    """The control token between a reply and what is said next; ValueError if there is none."""
-    [text], said, at = template.render([(PROBE[1:], False)]), [], 0
-    for content in (message["content"].strip() for message in PROBE[1:]):
-        said.append(at := text.find(content, at))
-        if at < 0:
-            raise ValueError("its chat template leaves out what is said")
-    between = text[said[1] + len("Hello."):said[2]]
-    found = re.search("|".join(map(re.escape, sorted(names, key=len, reverse=True))), between)
-    if not (names and found):
-        raise ValueError("in its chat template no control token ends a reply")
-    return found[0]
 
 
 def names_same(tokenizer, source: str) -> bool:
@@ -213,17 +216,17 @@ def compile_template(source: str):
     def refuse(message):
         raise jinja2.TemplateError(message)
 
-    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
+    def to_json(value, ensure_ascii=False, **options):
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": refuse, "strftime_now":
                             lambda form: datetime.datetime.now().strftime(form)}
     # {% generation %} marks replies for training; here it is a block like any other.
-    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
-    return environment.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source))
+    return environment.from_string(re.sub(
+        r"(\{%[-+]?\s*)(end)?generation\b",
+        lambda found: found[1] + ("endif" if found[2] else "if true"), source))
 
 
 def serve():

@@ -101,6 +101,8 @@ class Tokenizer:
                              "vocabulary lacks")
         if name == "template" and self.template is None:
             raise ValueError("chat format 'template' needs a chat template beside the tokenizer")
+        if name == "template":
+            self.template.end = self.template.find_end(self.special_ids)
         self._chat_format = name
 
     @property

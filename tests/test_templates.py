@@ -1,5 +1,7 @@
 """templates.py: a chat format is claimed only if the folder's template writes the same tokens."""
 import json
+import multiprocessing
+import os
 import pickle
 import sys
 import time
@@ -111,9 +113,8 @@ def test_without_jinja2_the_control_tokens_in_the_template_decide(
     tokenizer = load_tokenizer(folder(template, leave_out))
     assert tokenizer.chat_format == expected
     assert expected or "no format known here, and jinja2 is not" in tokenizer.chat_reason
-    tokenizer.chat_format = "template"
     with pytest.raises(ValueError, match="pip install jinja2"):
-        tokenizer.encode_chat(ASKED)
+        tokenizer.chat_format = "template"
 
 
 def test_templates_of_glm_are_told_apart_too(golden, tmp_path, monkeypatch):
@@ -140,14 +141,11 @@ def test_published_templates_of_known_formats_keep_them(assets):
 
 def test_where_a_template_may_be(folder):
     path = folder(CHATML)
-    (path / "chat_template.json").write_text(json.dumps({"chat_template": LLAMA31}))
-    assert load_tokenizer(path).chat_format == "llama3.1"
     (path / "chat_template.jinja").write_text(LLAMA3)
     assert load_tokenizer(path).chat_format == "llama3"
     path = folder([{"name": "tool_use", "template": CHATML},
                    {"name": "default", "template": LLAMA31}])
-    for name in ("chat_template.json", "chat_template.jinja"):
-        (path / name).unlink()
+    (path / "chat_template.jinja").unlink()
     tokenizer = load_tokenizer(path)
     assert tokenizer.chat_format == "llama3.1"
     tokenizer.save(path / "saved")           # the other named ones are kept
@@ -164,6 +162,10 @@ def test_a_format_that_is_stated_or_asked_for_precedes_the_template(folder):
     assert tokenizer.chat_format is None
     tokenizer.chat_format = "template"
     assert tokenizer.decode(tokenizer.encode_chat(ASKED)).startswith("<|im_start|>user\nHi")
+    assert tokenizer.special_ids["<|im_end|>"] in tokenizer.stop_ids
+    stated = load_tokenizer(folder(CHATML, chat_format="template"))
+    assert stated.stop_ids == tokenizer.stop_ids
+    assert stated.encode_chat(TALK) == tokenizer.encode_chat(TALK)
 
 
 def test_without_a_template_the_format_template_is_refused():
@@ -311,7 +313,7 @@ def test_a_template_that_refuses_a_conversation_says_why(folder):
 def test_an_interrupted_call_does_not_answer_the_next(folder):
     tokenizer = load_tokenizer(folder(CHATML))
     expected = tokenizer.encode_chat(ASKED)
-    tokenizer.template.child.kill()
+    tokenizer.template.children[os.getpid()].kill()
     with pytest.raises(ValueError, match="took more than"):
         tokenizer.encode_chat(ASKED)
     assert tokenizer.encode_chat(ASKED) == expected
@@ -325,7 +327,24 @@ def test_an_interrupted_call_does_not_answer_the_next(folder):
 
         def readline(self):
             raise KeyboardInterrupt
-    tokenizer.template.child.stdout = Interrupted(tokenizer.template.child.stdout)
+    child = tokenizer.template.children[os.getpid()]
+    child.stdout = Interrupted(child.stdout)
     with pytest.raises(KeyboardInterrupt):
         tokenizer.template.render([(ASKED, False)])
     assert tokenizer.encode_chat(ASKED) == expected
+
+
+def test_a_forked_process_has_a_child_of_its_own(folder):
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("no fork on this system")
+    tokenizer = load_tokenizer(folder(CHATML))
+    talks = [[{"role": "user", "content": f"{n} " * n}] for n in range(20)]
+    expected = [tokenizer.encode_chat(talk) for talk in talks]
+    with multiprocessing.get_context("fork").Pool(2, initializer=globals().update,
+                                                  initargs=({"FORKED": tokenizer},)) as pool:
+        assert pool.map(encode_forked, talks, chunksize=1) == expected
+        assert [tokenizer.encode_chat(talk) for talk in talks] == expected
+
+
+def encode_forked(talk):
+    return FORKED.encode_chat(talk)             # noqa: F821: set in the forked process alone
