@@ -509,7 +509,9 @@ def plan_run(settings: Settings, run: Run) -> float | None:
         return None
     made = settings.tokenizer or next(
         (path for path in settings.data if Path(path, "tokenizer_config.json").exists()), None)
-    asked = {"layers": settings.layers, "width": settings.width, "context": settings.context,
+    open_ended = not (settings.steps or settings.epochs or settings.minutes)
+    context = settings.context or (256 if open_ended else None)         # room to converse in
+    asked = {"layers": settings.layers, "width": settings.width, "context": context,
              "vocab": text.load_tokenizer(made).vocab_size if made else settings.vocab,
              "tokens": settings.tokens_per_step}
     shapes = [shape._replace(**{name: value for name, value in asked.items() if value})

@@ -702,7 +702,7 @@ def test_plan_says_what_would_be_trained_and_stops(corpus, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     train.main(["--data", str(corpus), "--plan", "--width", "32", "--layers", "1", "--device", "cpu"])
     out = capsys.readouterr().out
-    assert "tokens/s at 1 x 32, context 64" in out and "epochs" in out and not [*tmp_path.iterdir()]
+    assert "tokens/s at 1 x 32, context 256" in out and "epochs" in out and not [*tmp_path.iterdir()]
 
 
 def test_the_published_muon_is_what_ours_does():
