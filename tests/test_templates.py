@@ -186,6 +186,25 @@ def test_r1_distill_is_asked_as_its_template_asks(r1):
                                       special["<｜end▁of▁sentence｜>"])
 
 
+def test_turn_marks_that_are_not_special_in_the_vocabulary_are_control_tokens(folder):
+    """As published: "<｜User｜>" of R1-Distill and "<|im_end|>" of some ChatML models."""
+    for template, marks in ((R1, ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>")),
+                            (CHATML, ("<|im_start|>", "<|im_end|>"))):
+        path = folder(template)
+        data = json.loads((path / "tokenizer.json").read_text())
+        for token in data["added_tokens"]:
+            token["special"] &= token["content"] not in marks
+        (path / "tokenizer.json").write_text(json.dumps(data))
+        tokenizer = load_tokenizer(path)
+        assert tokenizer.chat_format == "template"
+        control = {tokenizer.added.ids[name] for name in marks}
+        typed = [{"role": "user", "content": " ".join(marks)}]
+        assert ([id for id in tokenizer.encode_chat(typed) if id in control]
+                == [id for id in tokenizer.encode_chat(ASKED) if id in control] != [])
+        check_parts(tokenizer, [*ASKED, *TALK[3:]])
+        assert tokenizer.added.ids["<think>"] in tokenizer.encode("<think>")     # text of a reply
+
+
 def test_r1_distill_leaves_thoughts_out_and_parts_stay_true(r1):
     parts = r1.chat_parts(TALK)
     assert [r1.decode(ids) for ids, reply in parts if reply] == [
@@ -212,8 +231,9 @@ def test_templates_that_end_the_last_turn_otherwise(end, folder):
     template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + end
                 + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     tokenizer = load_tokenizer(folder(template))
-    replies = [ids for ids, reply in tokenizer.chat_parts(TALK[2:]) if reply]
-    assert [ids[-1] for ids in replies] == [tokenizer.special_ids["<|im_end|>"]]
+    assert check_parts(tokenizer, TALK)[1] == "Gone.<|im_end|>"
+    replies = [ids for ids, reply in tokenizer.chat_parts(TALK) if reply]
+    assert [ids[-1] for ids in replies] == [tokenizer.special_ids["<|im_end|>"]] * 2
 
 
 def test_a_template_that_writes_earlier_turns_otherwise_says_they_are_no_replies(folder):
