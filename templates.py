@@ -151,7 +151,7 @@ class Template:
             said.append(at := text.find(content, at))
             if at < 0:
                 raise ValueError("its chat template leaves out what is said")
-        pattern = find_any(names)
+        pattern = find_any(name for name in names if name.strip())     # GPT-NeoX's runs of spaces
         found = pattern.search(text, said[1] + len("Hello."), said[2])
         if not found:
             raise ValueError("in its chat template no control token ends a reply")

@@ -106,7 +106,7 @@ def test_a_format_is_claimed_only_if_the_template_writes_its_tokens(
 
 @pytest.mark.parametrize("template, leave_out, expected", [
     (LLAMA31, (), "llama3.1"), (LLAMA3, ("<|eom_id|>",), "llama3"), (CHATML, (), None),
-    (R1, (), None), (GUARD, (), None)])
+    (DATED, (), "llama3.1"), (R1, (), None), (GUARD, (), None)])
 def test_without_jinja2_the_control_tokens_in_the_template_decide(
         template, leave_out, expected, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
@@ -203,6 +203,16 @@ def test_turn_marks_that_are_not_special_in_the_vocabulary_are_control_tokens(fo
                 == [id for id in tokenizer.encode_chat(ASKED) if id in control] != [])
         check_parts(tokenizer, [*ASKED, *TALK[3:]])
         assert tokenizer.added.ids["<think>"] in tokenizer.encode("<think>")     # text of a reply
+
+
+def test_added_white_space_ends_no_reply(folder):
+    """GPT-NeoX's runs of spaces are added tokens."""
+    path = folder("{% for m in messages %}{{ m.role + ':  ' + m.content + '  ' }}{% endfor %}")
+    data = json.loads((path / "tokenizer.json").read_text())
+    data["added_tokens"].append({**data["added_tokens"][-1], "id": 300, "content": "  "})
+    (path / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.added.ids["  "] == 300 and tokenizer.chat_format is None
 
 
 def test_r1_distill_leaves_thoughts_out_and_parts_stay_true(r1):
