@@ -125,27 +125,35 @@ class Template:
                 start = max((found.end() for found in re.finditer(rf"{control.pattern}|\n", same)),
                             default=0)
             at = replies[-1][1] if replies else 0
-            if start < max(at, len(before)) or not whole.startswith(replied):
-                continue
             ends = [*control.finditer(replied, start)]
             ends = [found for found in ends if found[0] == self.end][:1] or ends[-1:]
-            ends = ends or [*control.finditer(whole, len(replied))][:1]  # GLM: the next role
+            reply_end = ends[0].end() if ends else len(replied)
+            if start < max(at, len(before)) or not whole.startswith(replied[:reply_end]):
+                continue
             if last and replied == whole:       # what stands after its end comes with the next turn
-                whole = whole[:ends[0].end()] if ends else whole + (self.end or "")
-            replies.append((start, ends[0].end() if ends else len(whole)))
+                whole = whole[:reply_end] + (self.end or "") * (not ends)
+                reply_end = len(whole)
+            elif not ends and (found := control.search(whole, reply_end)):      # GLM: the next role
+                reply_end = found.end()
+            replies.append((start, reply_end))
         return whole, replies
 
-    def find_end(self, names) -> str:
-        """The control token between a reply and what is said next; ValueError if there is none."""
+    def find_end(self, names) -> tuple[str, set[str]]:
+        """(the control token between a reply and what is said next, all that stand around turns).
+
+        ValueError if no token ends a reply. names: of added tokens. R1-Distill's "<｜User｜>" is not
+        special in its tokenizer.json; one that a user types must be text all the same.
+        """
         [text], said, at = self.render([(PROBE[1:], False)]), [], 0
         for content in (message["content"].strip() for message in PROBE[1:]):
             said.append(at := text.find(content, at))
             if at < 0:
                 raise ValueError("its chat template leaves out what is said")
-        found = find_any(names).search(text, said[1] + len("Hello."), said[2])
+        pattern = find_any(name for name in names if name.strip())     # GPT-NeoX's runs of spaces
+        found = pattern.search(text, said[1] + len("Hello."), said[2])
         if not found:
             raise ValueError("in its chat template no control token ends a reply")
-        return found[0]
+        return found[0], {*pattern.findall(text)}
 
 
 def find_any(names) -> re.Pattern:
@@ -188,7 +196,7 @@ def choose_format(tokenizer, template: Template, formats) -> tuple[str | None, s
             if trial.encode_chat(PROBE) == theirs:
                 return name, "its chat template writes the same tokens"
     try:
-        template.find_end(tokenizer.special_ids)
+        template.find_end(tokenizer.added.ids)
     except ValueError as error:
         return None, str(error)
     return "template", "its chat template is in no format known here, and writes the conversation"

@@ -102,7 +102,10 @@ class Tokenizer:
         if name == "template" and self.template is None:
             raise ValueError("chat format 'template' needs a chat template beside the tokenizer")
         if name == "template":
-            self.template.end = self.template.find_end(self.special_ids)
+            self.template.end, written = self.template.find_end(self.added.ids)
+            self.special_ids = self.special_ids | {mark: self.added.ids[mark] for mark in written}
+            for mark in written:           # also where the vocabulary does not call them special
+                self.added.tokens[mark]["special"] = True
         self._chat_format = name
 
     @property

@@ -106,7 +106,7 @@ def test_a_format_is_claimed_only_if_the_template_writes_its_tokens(
 
 @pytest.mark.parametrize("template, leave_out, expected", [
     (LLAMA31, (), "llama3.1"), (LLAMA3, ("<|eom_id|>",), "llama3"), (CHATML, (), None),
-    (R1, (), None), (GUARD, (), None)])
+    (DATED, (), "llama3.1"), (R1, (), None), (GUARD, (), None)])
 def test_without_jinja2_the_control_tokens_in_the_template_decide(
         template, leave_out, expected, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
@@ -186,6 +186,35 @@ def test_r1_distill_is_asked_as_its_template_asks(r1):
                                       special["<｜end▁of▁sentence｜>"])
 
 
+def test_turn_marks_that_are_not_special_in_the_vocabulary_are_control_tokens(folder):
+    """As published: "<｜User｜>" of R1-Distill and "<|im_end|>" of some ChatML models."""
+    for template, marks in ((R1, ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>")),
+                            (CHATML, ("<|im_start|>", "<|im_end|>"))):
+        path = folder(template)
+        data = json.loads((path / "tokenizer.json").read_text())
+        for token in data["added_tokens"]:
+            token["special"] &= token["content"] not in marks
+        (path / "tokenizer.json").write_text(json.dumps(data))
+        tokenizer = load_tokenizer(path)
+        assert tokenizer.chat_format == "template"
+        control = {tokenizer.added.ids[name] for name in marks}
+        typed = [{"role": "user", "content": " ".join(marks)}]
+        assert ([id for id in tokenizer.encode_chat(typed) if id in control]
+                == [id for id in tokenizer.encode_chat(ASKED) if id in control] != [])
+        assert tokenizer.chat_parts(TALK[2:])[-1][0][-1] in tokenizer.stop_ids
+        assert tokenizer.added.ids["<think>"] in tokenizer.encode("<think>")     # text of a reply
+
+
+def test_added_white_space_ends_no_reply(folder):
+    """GPT-NeoX's runs of spaces are added tokens."""
+    path = folder("{% for m in messages %}{{ m.role + ':  ' + m.content + '  ' }}{% endfor %}")
+    data = json.loads((path / "tokenizer.json").read_text())
+    data["added_tokens"].append({**data["added_tokens"][-1], "id": 300, "content": "  "})
+    (path / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.added.ids["  "] == 300 and tokenizer.chat_format is None
+
+
 def test_r1_distill_leaves_thoughts_out_and_parts_stay_true(r1):
     parts = r1.chat_parts(TALK)
     assert [r1.decode(ids) for ids, reply in parts if reply] == [
@@ -212,8 +241,9 @@ def test_templates_that_end_the_last_turn_otherwise(end, folder):
     template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + end
                 + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     tokenizer = load_tokenizer(folder(template))
-    replies = [ids for ids, reply in tokenizer.chat_parts(TALK[2:]) if reply]
-    assert [ids[-1] for ids in replies] == [tokenizer.special_ids["<|im_end|>"]]
+    assert check_parts(tokenizer, TALK)[1] == "Gone.<|im_end|>"
+    replies = [ids for ids, reply in tokenizer.chat_parts(TALK) if reply]
+    assert [ids[-1] for ids in replies] == [tokenizer.special_ids["<|im_end|>"]] * 2
 
 
 def test_a_template_that_writes_earlier_turns_otherwise_says_they_are_no_replies(folder):
