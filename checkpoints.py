@@ -118,10 +118,7 @@ def identify_rwkv(path: Path) -> str:
                          "give the path of one")
     if not files:
         raise FileNotFoundError(f"{path} has no config.json that names a model of ours, nor a .pth")
-    tensors = read_pickle(files[0])
-    around = ("model", "state_dict", "model_state_dict", "module")
-    while inner := next((tensors[key] for key in around if isinstance(tensors.get(key), dict)), 0):
-        tensors = inner
+    tensors = innermost(read_pickle(files[0]))
     lines = [f"{name} {tuple(getattr(tensor, 'shape', ()))}" for name, tensor in tensors.items()]
     found = next((what for pattern, what in RWKVS
                   if any(re.search(pattern, line) for line in lines)),
@@ -135,7 +132,8 @@ def identify_rwkv(path: Path) -> str:
 
 def is_rwkv(path: Path) -> bool:
     """Whether a .pth holds an official RWKV, whatever the config.json beside it is about."""
-    return any(".att." in name or name == "emb.weight" for name in read_pickle(path))
+    names = innermost(read_pickle(path))
+    return any(".att." in name or name == "emb.weight" for name in names)
 
 
 def identify(path: Path) -> str:
@@ -377,7 +375,8 @@ def check_vocabulary(config, tokenizer) -> None:
     Tokens that were added to it, as "[PAD]", may lie beyond the model; the tokenizer then refuses
     to encode these.
     """
-    least, file = OWN.get(config.vocab_size, (0, "")) if "RWKV" in type(config).__name__ else (0, "")
+    rwkv = "RWKV" in type(config).__name__
+    least, file = OWN.get(config.vocab_size, (0, "")) if rwkv else (0, "")
     if tokenizer.vocab_size < least:
         raise ValueError(f"the model has {config.vocab_size} ids, the tokenizer "
                          f"{tokenizer.vocab_size}: it needs its own tokenizer, {file}")
@@ -404,6 +403,14 @@ def read_pickle(path: Path) -> dict:
         if not isinstance(content, dict):
             raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
         return content
+
+
+def innermost(content: dict) -> dict:
+    """The dict of tensors inside the dicts that trainers put around it."""
+    around = ("model", "state_dict", "model_state_dict", "module")
+    while inner := next((content[key] for key in around if isinstance(content.get(key), dict)), 0):
+        content = inner
+    return content
 
 
 def write_text(path: Path, content: str) -> None:
@@ -471,9 +478,9 @@ def load_resume(asked: str) -> tuple[Path, dict]:
     if found is None:
         raise FileNotFoundError(f"--resume {out}: no resume/resume.pt there, nothing was saved yet")
     saved = read_pickle(found)
-    if "eos_token_id" not in saved.get("config", {}):
-        raise ValueError(f"{found} was written by an earlier version, whose optimiser had other "
-                         f"groups: train on from its weights with --init-from {out}")
+    if "eos_token_id" not in saved.get("config", {}) or "keep" not in saved.get("settings", {}):
+        raise ValueError(f"{found} was written by an earlier version, whose optimiser or schedule "
+                         f"was another: train on from its weights with --init-from {out}")
     return out, saved
 
 

@@ -887,7 +887,8 @@ def finetune(settings: Settings, given: set[str]) -> None:
                 run.say(f"stopped after step {step}; to go on:  "
                         f"python finetune.py --resume {run.out}")
                 raise SystemExit(128 + stop)
-    run.say(task.sample(held[:settings.samples]))
+    if settings.keep == "last" or best["step"] == step:                 # else it is not what is kept
+        run.say(task.sample(held[:settings.samples]))
     after = best["measures"] if settings.keep == "best" else task.measures(held_out)
     save()
     if settings.keep == "best":

@@ -198,7 +198,7 @@ def choose_format(tokenizer, template: Template, formats) -> tuple[str | None, s
     try:
         template.find_end(tokenizer.added.ids)
     except ValueError as error:
-        return None, str(error)
+        return None, f"its chat template is in no format known here, and cannot be used: {error}"
     return "template", "its chat template is in no format known here, and writes the conversation"
 
 

@@ -8,7 +8,7 @@ From the top: settings; data; loss; the step; what the settings lead to; `train`
 Beside it: flags.py makes flags of the settings, process.py knows device, clock and the other
 processes, plan.py chooses sizes, checkpoints.py reads and writes what lies on disk.
 To change the data, see `Batches`; the loss, `NextTokenLoss`; the optimiser, `make_optimizer`; the
-schedule, `learning_rate`. finetune.py and chat.py import what they need from here.
+schedule, `learning_rate`. finetune.py imports what it needs from here.
 
 The recipe is stated in tokens per step: how many sequences go through the model at once, and how
 often gradients are accumulated, follows from it, on one process or on many (torchrun). Parameters
@@ -639,7 +639,7 @@ def derive(settings: Settings, given: set[str], run: Run, corpus: Corpus, speed:
         settings.minutes = MINUTES
     steps = settings.steps or (60 * settings.minutes * speed / settings.tokens_per_step
                                if speed else None)                      # None: unknown
-    if settings.eval_tokens is None:         # ten validations of 3 %, and three tokens' time each
+    if settings.eval_tokens is None:         # ten take 3 %: learning a token takes three times
         settings.eval_tokens = max(4096, int(0.009 * steps * settings.tokens_per_step)
                                    ) if steps else 32768
     if settings.sample_prompt is None:

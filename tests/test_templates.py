@@ -7,8 +7,13 @@ import sys
 import time
 
 import pytest
+import torch
 
+import chat
+import finetune
 import templates
+from folder import choose_format as chosen_for
+from gpt import GPT, GPTConfig
 from tokenizer import LLAMA3_PATTERN, ByteBPE, Bytes, load_tokenizer, train_bpe
 
 jinja2 = pytest.importorskip("jinja2")
@@ -306,6 +311,34 @@ def test_a_template_is_saved_and_opened_again(folder, tmp_path_factory):
 
 
 # ---- a stranger's program ------------------------------------------------------------------------
+
+
+def test_a_model_is_fine_tuned_and_talked_to_through_its_template(folder, tmp_path, capsys, monkeypatch):
+    """Both scripts: the run keeps the template, learns replies by it, resumes, and converses."""
+    start = folder(CHATML)
+    tokenizer = load_tokenizer(start)
+    torch.manual_seed(0)
+    GPT(GPTConfig.sized(1, 32, tokenizer.vocab_size, 128)).save_pretrained(start)
+    rows = [{"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": "Yes"}]}
+            for n in range(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "run"
+    finetune.main(["--task", "sft", "--init-from", str(start), "--data", str(tmp_path / "rows.jsonl"), "--out",
+                   str(out), "--steps", "3", "--device", "cpu", "--dtype", "float32", "--context", "100"])
+    learnt = load_tokenizer(out)
+    assert learnt.chat_format == "template" and learnt.encode_chat(ASKED) == tokenizer.encode_chat(ASKED)
+    finetune.main(["--resume", str(out)])
+    capsys.readouterr()
+    chat.main([str(out), "--prompt", "Say 1", "--device", "cpu", "--max-new-tokens", "4", "--temperature", "0"])
+    assert "converses  in the format template" in capsys.readouterr().err
+
+
+def test_chat_says_why_a_template_is_used_or_not(folder, monkeypatch):
+    said = chosen_for(folder(R1), load_tokenizer(folder(R1)), None)
+    assert said == ("template", "its chat template is in no format known here, and writes the conversation")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    chosen, why = chosen_for(folder(R1), load_tokenizer(folder(R1)), None)
+    assert chosen is None and "jinja2" in why and "no format known here" in why
 
 
 @pytest.mark.parametrize("template", [
