@@ -456,24 +456,33 @@ def write_settings(settings, out: Path) -> None:
     write_text(out / "settings.json", json.dumps(values, indent=2) + "\n")
 
 
-def save_resume(out: Path, settings, run, tokenizer, key: str, config,
+def save_resume(folder: Path, settings, run, tokenizer, key: str, config,
                 **state) -> None:
-    """Replace resume/resume.pt, complete in itself: a kill leaves the old one or the new one."""
+    """Replace resume.pt, complete in itself (but for shards, which lie beside it): a kill leaves
+    the old one or the new one."""
     files = {name: data.decode("latin-1") for name, data in tokenizer.saved_files().items()}
-    path = out / "resume" / "resume.pt"
-    path.parent.mkdir(exist_ok=True)
+    path = folder / "resume.pt"
+    folder.mkdir(exist_ok=True)
     torch.save({**state, "settings": dataclasses.asdict(settings), "tokenizer": files, "data": key,
                 "config": dataclasses.asdict(config), "chat_format": tokenizer.chat_format,
                 "world": run.world, "spent": time.time() - run.started}, f"{path}.part")
     os.replace(f"{path}.part", path)
 
 
+def saved_shards(out: Path) -> list[Path]:
+    """Complete folders of cluster.saving in a run directory, the latest last."""
+    found = (out / "resume").glob("step-*")
+    steps = {int(path.name[5:]): path for path in found if path.name[5:].isdecimal()}
+    return [steps[step] for step in sorted(steps)]
+
+
 def load_resume(asked: str) -> tuple[Path, dict]:
     """(run directory, what save_resume wrote there); ValueError or OSError of one line."""
     out = Path(asked)
     if out.is_file():                        # resume.pt itself
-        out = out.parent.parent if out.parent.name == "resume" else out.parent
-    files = (out / "resume" / "resume.pt", out / "resume.pt")           # the latter: older runs
+        out = next((place.parent for place in out.parents if place.name == "resume"), out.parent)
+    files = (*(folder / "resume.pt" for folder in saved_shards(out)[-1:]),
+             out / "resume" / "resume.pt", out / "resume.pt")           # the last: older runs
     found = next((file for file in files if file.exists()), None)
     if found is None:
         raise FileNotFoundError(f"--resume {out}: no resume/resume.pt there, nothing was saved yet")
