@@ -2,7 +2,7 @@
 
     whole = shard(loss, run)                 --shard: FSDP2, which divides weights over processes
     loss = overlapping(loss, run)            else DistributedDataParallel
-    for batch, real in in_step(run, batches): ...         as many micro-batches on every process
+    for batch, real, last in in_step(run, batches): ...   as many on every process
     with gathered(whole, loss, run) as model: ...         rank 0 has all weights, on its disk
     with saving(loss, optimizer, run, out, step) as folder: ...
 
@@ -18,7 +18,6 @@ References: Li et al. 2020, "PyTorch Distributed"; Rajbhandari et al. 2020, "ZeR
 """
 import contextlib
 import copy
-import json
 import os
 import shutil
 import tempfile
@@ -26,17 +25,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
-                                    register_fsdp_forward_method)
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import saved_shards
 
-# what is called from outside and computes with parameters; it needs the same gathering as forward
+# torch's parts for shards are imported where they are used: they take as long as half of torch.
+# What is called from outside and computes with parameters, which must be gathered as for forward:
 METHODS = "generate", "measures", "sample", "remember_start"
 
 # ------------------------------------------------------------------------------------- in a step
@@ -51,15 +46,15 @@ def overlapping(loss: nn.Module, run, partial: bool = False) -> nn.Module:
 
 
 def in_step(run, batches: list):
-    """Yield (micro-batch, 1 or 0). Sharded processes compute in step, so whoever has fewer
-    micro-batches than another repeats its last one, which counts 0."""
+    """Yield (micro-batch, 1 or 0, whether it is the last). Sharded processes compute in step, so
+    whoever has fewer micro-batches than another repeats its last one, which counts 0."""
     rounds = len(batches)
     if run.sharded:
         most = torch.tensor(rounds, device=run.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         rounds = int(most)
     for n in range(rounds):
-        yield batches[min(n, len(batches) - 1)], int(n < len(batches))
+        yield batches[min(n, len(batches) - 1)], int(n < len(batches)), n == rounds - 1
 
 
 def reducing(loss, now: bool):
@@ -71,7 +66,7 @@ def reducing(loss, now: bool):
 
 def number(norm: torch.Tensor) -> float:
     """The number that a tensor holds, which may be in parts on several processes."""
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def agree(run, value):
@@ -90,9 +85,11 @@ def shard(root: nn.Module, run) -> nn.Module:
     root.model may lie on the meta device: it is drawn here, block by block. Or its tensors may be
     mapped from files: then of each only this process's rows are read, one block at a time.
     """
-    shapes = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
-              for p in root.parameters()}
-    whole = copy.deepcopy(root, shapes)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
+                                        register_fsdp_forward_method)
+    from torch.distributed.tensor import DTensor
+    whole = empty_copy(root)
     policy = MixedPrecisionPolicy()
     if run.dtype != torch.float32:           # positions and what else is fp32 between blocks stay
         policy = MixedPrecisionPolicy(run.dtype, torch.float32, cast_forward_inputs=False)
@@ -118,10 +115,18 @@ def shard(root: nn.Module, run) -> nn.Module:
     return whole
 
 
+def empty_copy(root: nn.Module) -> nn.Module:
+    """A copy on the meta device, which shares all that is no module or tensor."""
+    kept = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+            for p in root.parameters()}
+    kept |= {id(value): value for name, value in vars(root).items() if not name.startswith("_")}
+    return copy.deepcopy(root, kept)
+
+
 def drawn(whole: nn.Module, names) -> dict[str, nn.Parameter]:
     """Initial values of these parameters, by the model's own `initialise`, in a copy that has no
     memory for the others. They do not depend on the number of processes."""
-    some = copy.deepcopy(whole)
+    some = empty_copy(whole)
     for name in names:
         owner, _, leaf = name.rpartition(".")
         shape = some.get_parameter(name).shape
@@ -130,25 +135,26 @@ def drawn(whole: nn.Module, names) -> dict[str, nn.Parameter]:
     return {name: some.get_parameter(name) for name in names}
 
 
-def own_rows(p: DTensor, tensor: torch.Tensor) -> torch.Tensor:
+def own_rows(p, tensor: torch.Tensor) -> torch.Tensor:
     """The rows of a whole tensor that this process holds of a sharded parameter."""
     parts, n = tensor.chunk(p.device_mesh.size()), p.device_mesh.get_local_rank()
     return parts[n] if n < len(parts) else tensor[:0]
 
 
 @torch.no_grad()
-def load_rows(root: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Set sharded parameters from whole tensors, mapped from files, of which it reads its rows."""
+def load_rows(root: nn.Module, whole: nn.Module) -> None:
+    """Set sharded parameters from a loss whose tensors are mapped from files: its rows are read."""
     root.reshard()
+    tensors = dict(whole.named_parameters())
     for name, p in root.named_parameters():
         p.to_local().copy_(own_rows(p, tensors[name]))
 
 
 @contextlib.contextmanager
-def gathered(whole: nn.Module | None, root: nn.Module, run):
-    """A loss with whole weights, to be written by rank 0: `root` itself, or if `whole` is not None,
-    it is that copy, with weights in a file mapped to memory, gathered one after another."""
-    if whole is None:
+def gathered(whole: nn.Module, root: nn.Module, run):
+    """A loss with all weights, to be written by rank 0: `root` itself, or the copy that `shard`
+    made, with weights in files mapped to memory, gathered one after another."""
+    if whole is root:
         yield root
         return
     root.reshard()
@@ -196,6 +202,7 @@ def saving(root: nn.Module, optimizer, run, out: Path, step: int):
     if not run.sharded:
         yield out / "resume"
         return
+    import torch.distributed.checkpoint as dcp
     if run.rank == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -214,6 +221,7 @@ def saving(root: nn.Module, optimizer, run, out: Path, step: int):
 
 def load_shards(root: nn.Module, optimizer, folder: Path) -> None:
     """What processes wrote with `saving`, on any number of them."""
+    import torch.distributed.checkpoint as dcp
     known = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     for name, p in root.named_parameters():  # of a new optimiser: places to read into
         keys = [key.removeprefix(f"{name} ") for key in known if key.startswith(f"{name} ")]
@@ -225,17 +233,23 @@ def load_shards(root: nn.Module, optimizer, folder: Path) -> None:
 # ---------------------------------------------------------------------------------- a lost process
 
 
-def restarted(settings) -> bool:
-    """Whether torchrun has restarted this command (--max-restarts) after a process was lost, so
-    that --out is this run's own, to go on with. ValueError where that could not be told later."""
+def restarted(settings, given: set[str]) -> bool:
+    """Whether torchrun has restarted this command (--max-restarts) as a process was lost, so that
+    --out is this run's own. If it has saved something it resumes, whatever flags are repeated."""
     if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) or settings.resume:
         return False
     if not settings.out:
         raise ValueError("torchrun --max-restarts needs --out DIR, where a restarted run finds "
                          "itself")
-    mark = Path(settings.out) / "resume" / "torchrun"
-    return int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0 and mark.exists() \
-        and mark.read_text(encoding="utf-8") == this_torchrun()
+    folder = Path(settings.out, "resume")
+    mark = folder / "torchrun"
+    if not int(os.environ["TORCHELASTIC_RESTART_COUNT"]) or not mark.exists() \
+            or mark.read_text(encoding="utf-8") != this_torchrun():
+        return False
+    if saved_shards(folder.parent) or (folder / "resume.pt").exists():
+        settings.resume = settings.out
+        given.clear()
+    return True
 
 
 def this_torchrun() -> str:
@@ -249,36 +263,3 @@ def mark_run(out: Path) -> None:
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         (out / "resume").mkdir(exist_ok=True)
         (out / "resume" / "torchrun").write_text(this_torchrun(), encoding="utf-8")
-
-# ------------------------------------------------------------------------------------ large results
-
-
-def split_weights(out: Path, most: int = 5_000_000_000) -> None:
-    """A model.safetensors of more than `most` bytes as several files and an index, as others write
-    and read them. (An official .pth of RWKV is one file.)"""
-    weights = out / "model.safetensors"
-    if not weights.exists() or weights.stat().st_size <= most:
-        return
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-    with safe_open(weights, framework="pt") as content:                 # mapped, not read
-        groups, size = [[]], 0
-        for name in content.keys():
-            nbytes = content.get_tensor(name).nbytes
-            if groups[-1] and size + nbytes > most:
-                groups, size = [*groups, []], 0
-            groups[-1].append(name)
-            size += nbytes
-        places, total = {}, 0
-        for n, names in enumerate(groups, 1):
-            file = f"model-{n:05}-of-{len(groups):05}.safetensors"
-            tensors = {name: content.get_tensor(name) for name in names}
-            save_file(tensors, out / f"{file}.part", {"format": "pt"})
-            os.replace(out / f"{file}.part", out / file)
-            places |= dict.fromkeys(names, file)
-            total += sum(tensor.nbytes for tensor in tensors.values())
-    index = out / "model.safetensors.index.json"
-    Path(f"{index}.part").write_text(json.dumps({"metadata": {"total_size": total},
-                                                 "weight_map": places}, indent=2), encoding="utf-8")
-    weights.unlink()
-    os.replace(f"{index}.part", index)

@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--tokens-per-step", type=int, default=1024)
-    parser.add_argument("--passage", type=int, default=384, help="tokens of the figure")
+    parser.add_argument("--passage", type=int, default=256, help="tokens of the figure")
     parser.add_argument("--figure", type=Path, default=Path("docs/compare.png"))
     args = parser.parse_args()
     if not Path(args.text).is_file():
