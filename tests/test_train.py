@@ -100,8 +100,8 @@ def test_transformers_opens_a_run_directory_to_the_same_logits_and_ids(finished)
 def test_what_a_terminal_cannot_show_is_no_crash(finished, corpus, tmp_path):
     done = run("chat.py", finished, "--prompt", "é", "--max-new-tokens", "3", "--device", "cpu", PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
-    done = run("train.py", *SMALL, "--steps", "1", "--data", corpus, "--sample-prompt", "é", "--out", tmp_path / "run",
-               PYTHONIOENCODING="ascii")
+    done = run_here(train.main, *SMALL, "--steps", "1", "--data", corpus, "--sample-prompt", "é", "--out", tmp_path / "run",
+                    encoding="ascii")
     assert done.returncode == 0 and "--- sample ---\n?" in done.stdout, done.stderr
 
 
