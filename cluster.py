@@ -225,9 +225,9 @@ def load_shards(root: nn.Module, optimizer, folder: Path) -> None:
     known = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     for name, p in root.named_parameters():  # of a new optimiser: places to read into
         keys = [key.removeprefix(f"{name} ") for key in known if key.startswith(f"{name} ")]
-        like = p.detach()
-        optimizer.state[p] = {key: torch.zeros(()) if key == "step" else torch.zeros_like(like)
-                              for key in keys}
+        like, place = p.detach(), p.device if optimizer.defaults.get("fused") else "cpu"
+        optimizer.state[p] = {key: torch.zeros((), device=place) if key == "step"
+                              else torch.zeros_like(like) for key in keys}
     dcp.load(state_of(root, optimizer), checkpoint_id=str(folder))
 
 # ---------------------------------------------------------------------------------- a lost process
@@ -254,8 +254,12 @@ def restarted(settings, given: set[str]) -> bool:
 
 def this_torchrun() -> str:
     """What stays the same when torchrun restarts a command, and differs in another torchrun."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return f"{name} {os.getppid()}" if name in ("", "none") else name
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")                # --rdzv-id
+    if name != "none":
+        return name
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        return f"process {os.getppid()}"
+    return f"{os.environ['MASTER_ADDR']} {os.environ['MASTER_PORT']}"   # of several machines
 
 
 def mark_run(out: Path) -> None:

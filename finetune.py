@@ -622,6 +622,9 @@ def check_settings(settings: Settings, given: set[str]) -> None:
         if spec.name in given and "needs" in about and not getattr(settings, about["needs"]):
             raise ValueError(f"{name} needs --{about['needs']}")
     if settings.base_dtype:
+        if settings.base_dtype != "bfloat16" and settings.task == "grpo":
+            raise ValueError(f"--base-dtype {settings.base_dtype} is not for grpo, which needs the "
+                             "original weights too: take bfloat16")
         if settings.merge or settings.dtype not in (None, "bfloat16"):
             raise ValueError("--base-dtype computes in bfloat16 and leaves an adapter, which "
                              "belongs to the original weights: without --dtype and --merge")
@@ -740,6 +743,10 @@ def plan(settings: Settings, run: Run, name: str, task: Task, learn: list[dict],
     known = sum(id != -100 for e in learn for _, targets in e["rows"] for id in targets)
     sizes = {name: p.numel() for name, p in task.named_parameters()}    # GRPO's has its start, too
     total = sum(size for name, size in sizes.items() if not name.startswith("start."))
+    total += sum(m.frozen.shape.numel() for m in task.modules() if getattr(m, "frozen", None))
+    kept = sum(sizes.values())
+    if settings.base_dtype:                  # counted in numbers of 4 bytes
+        kept = sum(t.nbytes for t in [*task.parameters(), *task.buffers()]) // 4
     learned = sum(p.numel() for p in task.parameters() if p.requires_grad)
     source = ", ".join(settings.data) or "the source of Python's standard library"
     run.say(f"data       {source}: {len(learn)} examples to learn from, {len(held)} held out")
@@ -748,7 +755,7 @@ def plan(settings: Settings, run: Run, name: str, task: Task, learn: list[dict],
     run.say(f"model      {name}, {total:,} parameters, of which {learned:,} learn")
     with torch.device("meta"):
         empty = train.NextTokenLoss(type(task.model)(task.config).train())
-    train.plan_memory(settings, run, empty, rows, sum(sizes.values()), learned)
+    train.plan_memory(settings, run, empty, rows, kept, learned)
     run.say(f"plan       {settings.task}: {settings.steps} steps of {settings.batch} examples, "
             f"learning rate {settings.lr:.2g}" + (
                 f", chat format {settings.chat}" if settings.task != "classify" else ""))
