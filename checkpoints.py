@@ -518,7 +518,8 @@ def load_resume(asked: str) -> tuple[Path, dict]:
     """(run directory, what save_resume wrote there); ValueError or OSError of one line."""
     out = Path(asked)
     if out.is_file():                        # resume.pt itself
-        out = next((place.parent for place in out.parents if place.name == "resume"), out.parent)
+        out = out.parent.parent if out.parent.name.startswith("step-") else out.parent
+        out = out.parent if out.name == "resume" else out
     files = (*(folder / "resume.pt" for folder in saved_shards(out)[-1:]),
              out / "resume" / "resume.pt", out / "resume.pt")           # the last: older runs
     found = next((file for file in files if file.exists()), None)
