@@ -700,7 +700,8 @@ def train(settings: Settings, given: set[str]) -> None:
     whole = cluster.shard(loss, run) if run.sharded else loss.to(run.device)
 
     def check(limit: int):
-        nats = validate(loss if run.sharded else model, run, corpus.val, settings.context, end, limit)
+        nats = validate(loss if run.sharded else model, run, corpus.val, settings.context, end,
+                        limit)
         return {"val_loss": nats,
                 "bits_per_byte": nats / math.log(2) * len(corpus.val) / corpus.val_bytes}
 
