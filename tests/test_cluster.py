@@ -133,14 +133,14 @@ def test_a_sharded_run_goes_on_on_one_process(corpus, tmp_path, monkeypatch, cap
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ("sft", "classify", "dpo"))
 def test_finetune_in_shards_equals_finetune(corpus, tmp_path, task):
-    begin = start(corpus, tmp_path / "begin", "--steps", 1)
-    rows = {"sft": [{"prompt": f"say {i}", "completion": f"it is {i * i}"} for i in range(24)],
+    begin = start(corpus, tmp_path / "begin", "--steps", 1, "--context", 192, "--tokens-per-step", 192)
+    rows = {"sft": [{"prompt": f"say {i}", "completion": "it is " * (1 + i % 7)} for i in range(24)],
             "classify": [{"text": f"word {i}", "label": "ab"[i % 2]} for i in range(24)],
             "dpo": [{"prompt": f"say {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(24)]}[task]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--task", task, "--init-from", begin, "--data", tmp_path / "rows.jsonl", "--steps", "3", "--batch", "5",
              "--lora", "2", "--micro-batch", "1", "--device", "cpu", "--dtype", "float32", "--keep", "last",
-             "--context", "32", "--samples", "1", "--max-new-tokens", "4"]
+             "--context", "192", "--samples", "1", "--max-new-tokens", "4"]
     finetune.main([*map(str, flags), "--out", str(tmp_path / "one")])
     done = torchrun("finetune.py", *flags, "--shard", "--out", tmp_path / "two",
                     port=29603 + len(task))
