@@ -354,8 +354,8 @@ class GLM4(nn.Module):
         state: continue this cached sequence (one prompt only) and leave it advanced; the last token
         drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
-        c, context = self.config, self.config.context or math.inf
-        stop = c.eos_token_id if stop is None else stop
+        context, V = self.config.context or math.inf, self.config.vocab_size
+        stop = self.config.eos_token_id if stop is None else stop
         stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
         for tokens in (*prompts, stop):
             if not isinstance(tokens, (list, tuple, set)) or not {*map(type, tokens)} <= {int}:
@@ -364,16 +364,15 @@ class GLM4(nn.Module):
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
         low, high = min(map(min, prompts)), max(map(max, prompts))
-        if low < 0 or high >= c.vocab_size:
-            raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
-                             f"{c.vocab_size - 1}: is this the model's own tokenizer?")
+        if low < 0 or high >= V:
+            raise ValueError(f"prompt tokens {low} to {high}, but the vocabulary has 0 to {V - 1}")
         if not (max_new_tokens >= 0 and temperature >= 0 and (top_k is None or top_k >= 1)
                 and (top_p is None or 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        longest = past + max(map(len, prompts))
-        needed = max(longest, min(longest + max_new_tokens, context) - 1)   # the last is not fed
+        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
+        needed = past + max(len(p) + max(n, 1) - 1 for p, n in zip(prompts, limits))   # tokens fed
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
@@ -382,7 +381,6 @@ class GLM4(nn.Module):
         if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -500,8 +498,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
            generator: torch.Generator) -> Tensor:
     """(B, V) logits -> (B,) tokens, drawn on the CPU: a seed means the same on every device."""
     if not logits.amax().isfinite():
-        raise ValueError("the logits hold NaN or infinity: damaged weights, or too narrow a dtype "
-                         "(float16 overflows where bfloat16 does not)")
+        raise ValueError("the logits hold NaN or infinity: damaged weights, or float16 too narrow")
     if temperature == 0:
         return logits.argmax(-1)
     probs = probabilities(logits.float().cpu(), temperature, top_k, top_p)
@@ -513,46 +510,36 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 
 # --- read_tensors: the same in gpt.py, llama3.py, glm4.py (tests/test_same.py) ---
 def read_tensors(path: Path):
-    """Yield (name, tensor) from a weights file, or from those of a folder; mapped, not copied."""
+    """Yield (name, tensor) from a weights file, or from those of a folder; mapped, not copied.
+    Without what trainers put around them: dicts, and prefixes of DDP, FSDP, torch.compile, peft."""
     if path.is_dir():
         kinds = ("model.safetensors.index.json", "model.safetensors",
                  "pytorch_model.bin.index.json", "pytorch_model.bin")
         path = next((path / kind for kind in kinds if (path / kind).exists()), path / kinds[1])
-    files = {path: None}                     # file -> the names to read from it; None: all
-    if path.name.endswith(".index.json"):    # the index decides which files belong together
-        whole = path.with_name(path.name.removesuffix(".index.json"))
-        files, places = {}, json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        for name, file in places.items():
-            if Path(file).name != file or "\\" in file:
-                raise ValueError(f"{path} puts {name} into {file}, which is not a file beside it")
-            files.setdefault(path.parent / file, []).append(name)
+    outer = ("model", "state_dict", "model_state_dict", "module")
+    prefixes = r"^((base_model|model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\."
+    files, whole, seen = {path: None}, path.with_name(path.name.removesuffix(".index.json")), set()
+    if path != whole:                        # the index decides which files belong together
+        files = {}                           # file: the names to read from it (None: all)
+        for name, place in json.loads(path.read_text(encoding="utf-8"))["weight_map"].items():
+            files.setdefault(path.with_name(place), []).append(name)    # refuses another folder
         if whole.exists() and whole not in files:
             raise ValueError(f"{whole} and an index of other files: remove the older save")
     for file, names in files.items():
         if file.suffix == ".safetensors":
-            from safetensors import safe_open
-            with safe_open(file, framework="pt") as content:
-                for name in names or content.keys():
-                    yield name, content.get_tensor(name)
+            from safetensors.torch import load_file
+            content = load_file(file)
         else:                                # a pickle; torch before 1.6 wrote it without a zip
             content = torch.load(file, map_location="cpu", weights_only=True,
                                  mmap=zipfile.is_zipfile(file))
-            outer = ("model", "state_dict", "model_state_dict", "module")
-            while inner := next((content[k] for k in outer if isinstance(content.get(k), dict)), 0):
-                content = inner
-            for name in names or content:
-                yield name, content[name]
-
-
-def unwrapped(tensors):
-    """Yield (name, tensor) without prefixes: of AutoModel, DDP, FSDP, torch.compile, peft."""
-    seen = set()
-    for name, tensor in tensors:
-        name = re.sub(r"^((base_model|model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name)
-        if name in seen:
-            raise ValueError(f"{name} is there twice, behind different prefixes: which is meant?")
-        seen.add(name)
-        yield name, tensor
+        while around := next((key for key in outer if isinstance(content.get(key), dict)), None):
+            content = content[around]
+        for name in names or content:
+            plain = re.sub(prefixes, "", name)
+            if plain in seen:
+                raise ValueError(f"{plain} is there twice, behind different prefixes: which is it?")
+            seen.add(plain)
+            yield plain, content[name]
 # --- end of read_tensors ---
 
 
@@ -595,7 +582,7 @@ def to_config(stated: dict) -> GLM4Config:
 def to_ours(tensors, config: GLM4Config):
     """Yield (our name, our tensor) for each published one."""
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    for name, tensor in unwrapped(tensors):
+    for name, tensor in tensors:
         for theirs, ours in RENAMED.items():
             name = name.replace(theirs, ours)
         name = name if name.startswith("lm_head.") else f"model.{name}"

@@ -383,8 +383,8 @@ class RWKV5(nn.Module):
         state: continue this cached sequence (one prompt only) and leave it advanced; the last token
         drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
-        c, context = self.config, self.config.context or math.inf
-        stop = c.eos_token_id if stop is None else stop
+        context, V = self.config.context or math.inf, self.config.vocab_size
+        stop = self.config.eos_token_id if stop is None else stop
         stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
         for tokens in (*prompts, stop):
             if not isinstance(tokens, (list, tuple, set)) or not {*map(type, tokens)} <= {int}:
@@ -393,16 +393,15 @@ class RWKV5(nn.Module):
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
         low, high = min(map(min, prompts)), max(map(max, prompts))
-        if low < 0 or high >= c.vocab_size:
-            raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
-                             f"{c.vocab_size - 1}: is this the model's own tokenizer?")
+        if low < 0 or high >= V:
+            raise ValueError(f"prompt tokens {low} to {high}, but the vocabulary has 0 to {V - 1}")
         if not (max_new_tokens >= 0 and temperature >= 0 and (top_k is None or top_k >= 1)
                 and (top_p is None or 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        longest = past + max(map(len, prompts))
-        needed = max(longest, min(longest + max_new_tokens, context) - 1)   # the last is not fed
+        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
+        needed = past + max(len(p) + max(n, 1) - 1 for p, n in zip(prompts, limits))   # tokens fed
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
@@ -411,7 +410,6 @@ class RWKV5(nn.Module):
         if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -460,7 +458,6 @@ class RWKV5(nn.Module):
         """Read an official .pth, or the one in a folder; only one copy in memory.
 
         dtype None: that of its matrices. overrides: config fields that the file does not state.
-        A damaged file, or one of another model, raises what torch raises.
         """
         config, tensors = read_pth(Path(path))
         with torch.device("meta"):                                      # shapes, no memory
@@ -515,8 +512,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
            generator: torch.Generator) -> Tensor:
     """(B, V) logits -> (B,) tokens, drawn on the CPU: a seed means the same on every device."""
     if not logits.amax().isfinite():
-        raise ValueError("the logits hold NaN or infinity: damaged weights, or too narrow a dtype "
-                         "(float16 overflows where bfloat16 does not)")
+        raise ValueError("the logits hold NaN or infinity: damaged weights, or float16 too narrow")
     if temperature == 0:
         return logits.argmax(-1)
     probs = probabilities(logits.float().cpu(), temperature, top_k, top_p)
