@@ -7,13 +7,13 @@ forward pass, in which each block reads the residual stream x (T, C) and adds to
     L times:
         q, k, v = rotate(h W_q + b), rotate(h W_k + b), h W_v + b       h = norm(x)
         y = softmax(q kᵀ / √D + mask) v                 H heads; mask: -∞ for what comes later
-        x = x + N(concat(y) W_o)                        N: norm in GLM-4-0414, else nothing
+        x = x + N(concat(y) W_o)                        N: norm in 0414, else the identity
         x = x + N((SiLU(h W_gate) * h W_up) W_down)     h = norm(x) again; SwiGLU, a gated MLP
     logits = norm(x) W_head
 
-    norm(x) = x / √(mean(x²) + ε) * weight              RMSNorm; torch's rounds last, as theirs does
+    norm(x) = x / √(mean(x²) + ε) * weight              RMSNorm (bf16: see below)
     SiLU(x) = x / (1 + exp(-x))
-    rotate, at position t, turns neighbours (a, b) = (2j, 2j + 1) among the first R of D channels:
+    rotate, at position t, turns the values a, b of channels 2j, 2j + 1 below R of a head's D:
         (a cos φ - b sin φ, a sin φ + b cos φ)          φ = t ω_j,  ω_j = rope_theta^(-2j/R)
 
       channel of a head    0 1    2 3    4 5 6 7        D = 8, R = 4
@@ -21,8 +21,9 @@ forward pass, in which each block reads the residual stream x (T, C) and adds to
 
 What differs from GPT-2 (gpt.py):
 
-* positions are rotations of half of each head of q and k (RoPE); long contexts, other rope_theta;
-* RMSNorm subtracts no mean and has no bias; GLM-4-0414 also norms what each half of a block adds;
+* positions are rotations of half of each head of q and k (RoPE), slower for longer contexts;
+* RMSNorm subtracts no mean and has no bias (rounded after the weight, as in THUDM's code and torch,
+  transformers rounds before); GLM-4-0414 also norms what each half of a block adds;
 * all heads of q share 2 (or 4) heads of k and v, for a smaller cache (drawn in llama3.py);
 * the MLP is gated, with gate and up in one matrix; the head is a matrix of its own;
 * only q, k and v have a bias, in 32B-0414 nothing has.
@@ -59,7 +60,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class GLM4Config:
-    """Sizes of a GLM, named as in Hugging Face's config.json and with its defaults."""
+    """Sizes of a GLM, named as in Hugging Face's config.json; the defaults are GLM-4-9B's."""
     max_position_embeddings: int = 131072
     hidden_size: int = 4096
     num_hidden_layers: int = 40
@@ -90,10 +91,7 @@ class GLM4Config:
             raise ValueError(f"partial_rotary_factor {self.partial_rotary_factor} rotates {R} of "
                              f"{self.head_dim} channels: they go in pairs")
 
-    @property
-    def context(self) -> int:
-        """The longest sequence that the model can process, in tokens."""
-        return self.max_position_embeddings
+    context = property(lambda self: self.max_position_embeddings, doc="The longest sequence.")
 
     @classmethod
     def sized(cls, layers: int, width: int, vocab_size: int, context: int) -> "GLM4Config":
@@ -101,7 +99,7 @@ class GLM4Config:
         heads = 2 * max(1, round(width / 256))
         size = 4 * max(1, round(width / heads / 4))                     # R = D/2 is even
         return cls(context, width, layers, heads, 2, size,
-                   32 * max(1, round(width / 32 * 13696 / 4096)), vocab_size)
+                   32 * max(1, round(width * 13696 / 4096 / 32)), vocab_size)
 
 
 V3 = dict(vocab_size=65024, num_hidden_layers=28, rms_norm_eps=1e-5, eos_token_id=2, pad_token_id=0)
@@ -127,7 +125,7 @@ def inverse_frequency(config: GLM4Config, dtype: torch.dtype = torch.float32) ->
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first R channels of x (B, heads, T, D) in fp32; cos, sin (B, 1, T, R/2)."""
+    """Turn neighbours among the first R channels of x (B, heads, T, D); cos, sin (B, 1, T, R/2)."""
     R = 2 * cos.shape[-1]
     a, b = x[..., 0:R:2], x[..., 1:R:2]                                 # (B, heads, T, R/2)
     turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
@@ -156,10 +154,10 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values, place = cache
             k, v = store(keys, place, k), store(values, place, v)               # (B, K, slots, D)
-        if T == 1:         # heads that share a key are rows of one query; enable_gqa is 10x slower
-            q = q.reshape(B, self.kv_heads, -1, q.shape[-1])                    # (B, K, H/K, D)
+        if T == 1:           # one token: the H/K heads that share k and v become rows of one query,
+            q = q.reshape(B, self.kv_heads, -1, q.shape[-1])  # 10 x faster: (B, K, H/K, D)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,  # causal, one sees one key
             enable_gqa=q.shape[1] != k.shape[1]).reshape(B, self.heads, T, -1)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
         # --- end of attend ---
@@ -194,7 +192,7 @@ class Block(nn.Module):
 
     def forward(self, x, rotation, mask, cache):
         y = self.self_attn(self.input_layernorm(x), rotation, mask, cache)
-        x = x + self.post_self_attn_layernorm(y.to(x.dtype))            # differs under autocast
+        x = x + self.post_self_attn_layernorm(y.to(x.dtype))            # autocast's y is bf16
         return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)).to(x.dtype))
 
 
@@ -204,10 +202,7 @@ class State(NamedTuple):
     key: Tensor                              # (B, L, K, M, D), rotated, in the parameters' dtype
     value: Tensor                            # (B, L, K, M, D)
 
-    @property
-    def capacity(self) -> int:
-        """M, the number of tokens that fit."""
-        return self.key.shape[3]
+    capacity = property(lambda self: self.key.shape[3], doc="M, the number of tokens that fit.")
 
 
 # --- cache: the same in gpt.py, llama3.py, glm4.py (tests/test_same.py) ---
@@ -233,20 +228,20 @@ def look_back(tokens: Tensor, state: State | None, context: int):
     positions = state.position[:, None] + steps                         # (B, T)
     rows, heads = (torch.arange(n, device=tokens.device) for n in (B, state.key.shape[2]))
     place = rows[:, None, None], heads[:, None], positions[:, None]     # together (B, heads, T)
-    slots, plain = state.capacity, False     # under torch.compile, whose shapes are static
+    slots, causal = state.capacity, False    # under torch.compile no shape depends on a value
     if not torch.compiler.is_compiling():
-        low, high = torch.stack(state.position.aminmax()).tolist()      # one GPU synchronisation
+        low, high = torch.stack(state.position.aminmax()).tolist()      # waits for the GPU, once
         slots = high + T
         if slots > state.capacity:
             raise ValueError(f"{slots} tokens do not fit: the context of the model is {context}, "
                              f"the capacity of the state {state.capacity}")
         if low == high:                      # the same slots in all rows: faster by a slice
             place = ..., slice(high, slots), slice(None)
-            plain = high == 0 or T == 1      # an empty cache; one token, which sees all
+            causal = high == 0 or T == 1     # an empty cache; one token, which sees all
     seen = torch.arange(slots, device=tokens.device) <= positions[:, None, :, None]
-    return positions, None if plain else seen, [
-        (state.key[:, i, :, :slots], state.value[:, i, :, :slots], place)
-        for i in range(state.key.shape[1])]
+    caches = [(state.key[:, i, :, :slots], state.value[:, i, :, :slots], place)
+              for i in range(state.key.shape[1])]
+    return positions, None if causal else seen, caches
 
 
 def store(cache: Tensor, place: tuple, new: Tensor) -> Tensor:
@@ -255,9 +250,10 @@ def store(cache: Tensor, place: tuple, new: Tensor) -> Tensor:
     Earlier entries are constants: gradients flow only into `new`.
     """
     cache[place] = new.detach().to(cache.dtype)
-    whole = cache.to(new.dtype, copy=torch.is_grad_enabled())           # differs under autocast
-    if torch.is_grad_enabled():
-        whole[place] = new
+    if not torch.is_grad_enabled():
+        return cache.to(new.dtype)           # no copy, unless autocast gave `new` another dtype
+    whole = cache.to(new.dtype, copy=True)   # kept by autograd, while the cache is overwritten
+    whole[place] = new
     return whole
 # --- end of cache ---
 
@@ -278,12 +274,12 @@ class GLM4(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.inverse_frequency = inverse_frequency(config)   # no buffer: never cast, never on meta
-        if not self.lm_head.weight.is_meta:  # on the meta device, drawing would only take time
+        if not self.lm_head.weight.is_meta:  # there, the first draw takes seconds
             self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Megatron-LM's, from which the authors' code descends, as they published none: norms 1,
+        """As Megatron-LM, on which the authors' code is based, since they published none: norms 1,
         biases 0, the rest normal, residual projections scaled by 1/√(2 L)."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -312,7 +308,7 @@ class GLM4(nn.Module):
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, V): the head."""
+        """(B, T, C) -> (B, T, V): the head, for a loss that is computed piece by piece."""
         return self.lm_head(hidden)
 
     def forward(self, tokens: Tensor, state: State | None = None, last: bool = False) -> Tensor:
@@ -372,7 +368,8 @@ class GLM4(nn.Module):
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
         limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        needed = past + max(len(p) + max(n, 1) - 1 for p, n in zip(prompts, limits))   # tokens fed
+        # what will be fed: not the last new token. A limit below 0: the prompt is too long
+        needed = past + max(len(p) + max(n - 1, 0) for p, n in zip(prompts, limits))
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
@@ -381,8 +378,8 @@ class GLM4(nn.Module):
         if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        generator = torch.Generator()
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        seed = torch.Generator().seed() if seed is None else seed
+        generator = torch.Generator().manual_seed(seed)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         new, active = [[] for _ in prompts], {row for row in order if limits[row]}
         modes = {module: module.training for module in self.modules()}
@@ -399,7 +396,7 @@ class GLM4(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that ended are fed too, into slots that exist
+                if active:                   # rows that have ended are fed too, inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
@@ -426,7 +423,7 @@ class GLM4(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str = "cpu",
                         dtype: torch.dtype | None = None, **overrides) -> "GLM4":
-        """Read a checkpoint, folder or file, in any layout named on top; one copy in memory.
+        """Read a checkpoint, folder or file, in any layout named on top; memory holds it once.
 
         dtype None keeps the stored one; float16 overflows in 0414, bfloat16 does not.
         overrides: config fields that the file states wrongly, as glm-4-9b-chat-hf and -chat-1m-hf
@@ -439,12 +436,12 @@ class GLM4(nn.Module):
         tensors = dequantised(read_tensors(path), stated.get("quantization_bit"))
         weights = {name: nn.Parameter(tensor.to(device, dtype))
                    for name, tensor in to_ours(tensors, config)}
-        if config.tie_word_embeddings:       # one Parameter, two names; a head of its own wins
-            table = weights["model.embed_tokens.weight"]
-            head = weights.get("lm_head.weight", table)
-            tied = head is table or torch.equal(head.to(table.dtype), table)
-            config = replace(config, tie_word_embeddings=tied)
-            weights["lm_head.weight"] = table if tied else head
+        if config.tie_word_embeddings:       # a head that differs from the table wins: then untied
+            head, table = weights.get("lm_head.weight"), weights["model.embed_tokens.weight"]
+            if head is None or torch.equal(head.to(table.dtype), table):
+                weights["lm_head.weight"] = table       # one Parameter under two names
+            else:
+                config = replace(config, tie_word_embeddings=False)
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -455,9 +452,9 @@ class GLM4(nn.Module):
         Glm4 with `sandwich_norms`, else of Glm, in which ChatGLM3 runs unchanged."""
         from safetensors.torch import save_file
         weights, stated = Path(directory, "model.safetensors"), Path(directory, "config.json")
-        for older in ("ckpt.pt", "consolidated.00.pth", "model.safetensors.index.json"):
+        for older in ("consolidated.00.pth", "model.safetensors.index.json"):
             if Path(directory, older).exists():
-                raise ValueError(f"{directory} holds {older}, which would be read: move it away")
+                raise ValueError(f"{directory} holds {older}, another model: move it away")
         weights.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         if self.config.tie_word_embeddings:
@@ -485,12 +482,14 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
-        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        # Sorting all of V is slow. The p < (1 - top_p) / V weigh less than 1 - top_p together, so
+        # they lie behind the cut and can go first; half of that, for rounding.
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)
         for row in probs:                                               # (V,), few of them not 0
             likely = row.nonzero()[:, 0]
             falling, order = row[likely].sort(descending=True, stable=True)
-            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
+            before = falling.cumsum(-1) - falling                       # the mass in front of each
+            row[likely[order[before > top_p]]] = 0.0
     return probs
 
 
@@ -517,12 +516,13 @@ def read_tensors(path: Path):
                  "pytorch_model.bin.index.json", "pytorch_model.bin")
         path = next((path / kind for kind in kinds if (path / kind).exists()), path / kinds[1])
     outer = ("model", "state_dict", "model_state_dict", "module")
+    # _orig_mod.transformer.h.0.ln_1.weight and h.0._fsdp_wrapped_module.ln_1.weight are h.0.ln_1...
     prefixes = r"^((base_model|model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\."
-    files, whole, seen = {path: None}, path.with_name(path.name.removesuffix(".index.json")), set()
-    if path != whole:                        # the index decides which files belong together
-        files = {}                           # file: the names to read from it (None: all)
+    files, seen = {path: None}, set()        # file: the names to read from it (None: all)
+    if path.suffix == ".json":               # the index decides which files belong together
+        files, whole = {}, path.with_name(path.name.removesuffix(".index.json"))
         for name, place in json.loads(path.read_text(encoding="utf-8"))["weight_map"].items():
-            files.setdefault(path.with_name(place), []).append(name)    # refuses another folder
+            files.setdefault(path.with_name(place), []).append(name)    # no other folder's
         if whole.exists() and whole not in files:
             raise ValueError(f"{whole} and an index of other files: remove the older save")
     for file, names in files.items():
@@ -549,7 +549,7 @@ FIELDS = {                                   # config.json of the original layou
     "kv_channels": "head_dim", "seq_length": "max_position_embeddings",
     "layernorm_epsilon": "rms_norm_eps", "add_qkv_bias": "attention_bias",
 }
-RENAMED = {                                  # in its names of tensors: in ours, Hugging Face's
+RENAMED = {                                  # in its names of tensors: in ours; in this order
     "embedding.word_embeddings": "embed_tokens", "encoder.": "", "output_layer": "lm_head",
     "final_layernorm": "norm",
     "self_attention.dense": "self_attn.o_proj", "self_attention": "self_attn",
@@ -574,7 +574,7 @@ def to_config(stated: dict) -> GLM4Config:
     if stated["model_type"] == "chatglm":
         stated = {"rope_ratio": 1, "add_qkv_bias": False, **stated}
         stated |= {ours: stated[theirs] for theirs, ours in FIELDS.items()}
-        stated["rope_theta"] = 10000.0 * stated["rope_ratio"]           # not the positions
+        stated["rope_theta"] = 10000.0 * stated["rope_ratio"]    # the base, not positions
     stated["sandwich_norms"] = stated["model_type"] == "glm4"
     return GLM4Config(**{f.name: stated[f.name] for f in fields(GLM4Config) if f.name in stated})
 
@@ -605,8 +605,8 @@ def dequantised(tensors, bits: int | None):
             halves[base] = tensor
         else:
             scale, q = sorted((tensor, halves.pop(base)), key=Tensor.dim)   # (rows,), a matrix
-            if scale.shape != q.shape[:1]:   # a single scale would do for every row
+            if scale.shape != q.shape[:1]:   # one of shape (1,) would broadcast
                 raise ValueError(f"{base} is {[*q.shape]}, its scales are {[*scale.shape]}")
             if bits == 4:
-                q = torch.stack((q >> 4, q << 4 >> 4), dim=-1).flatten(-2)  # the sign comes along
+                q = torch.stack((q >> 4, q << 4 >> 4), dim=-1).flatten(-2)  # shifts keep the sign
             yield base, q * scale[:, None]

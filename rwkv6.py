@@ -22,14 +22,14 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
         return σ(x_r W_receptance) (relu(x_k W_key)² W_value)
 
 W_... are matrices, ..._w1 and ..._w2 are pairs of low rank (time_maa_w2 has one for each m), the
-rest are vectors, written as rows and multiplied channel by channel. The name is that of four of
-them: receptance (the query), w (the log of the decay), key, value. What is different from GPT-2:
+rest are vectors, written as rows and multiplied channel by channel (time_maa: 1 - time_mix of older
+RWKVs). RWKV: receptance (the query), w (the log of the decay), key, value. What differs from GPT-2:
 
 * no attention: each head sums up its past in a matrix S of keys by values, which the query r reads.
   No positions, no limit to the context, and the millionth token costs what the tenth did;
 * "token shift": what a matrix reads is a mix of this token's vector and the one before;
-* how much is kept of each row of S, e^w, and in time mixing the shares of that mix are computed
-  from the token. This is what RWKV-6 adds to RWKV-5: what it reads decides what it forgets;
+* the decay e^w of each row of S and, in time mixing, the shares of the token shift are computed
+  from the token itself. This is new in RWKV-6: what it reads decides what it forgets;
 * the MLP is a squared ReLU behind a gate; the only biases are those of norms; the embedding is
   normed at once, and the head is a matrix of its own.
 
@@ -116,7 +116,7 @@ def previous(x: Tensor, last: Tensor | None) -> Tensor:
     tokens are constants: gradients flow only into x.
     """
     if last is None:
-        return F.pad(x, (0, 0, 1, -1))
+        return F.pad(x, (0, 0, 1, -1))       # zeros in at the front, the last token out
     shifted = torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
     last.copy_(x[:, -1].detach())
     return shifted
@@ -143,7 +143,7 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
     bf16, what a long memory adds up would be lost."""
     dtype = torch.promote_types(r.dtype, torch.float32)
     r, k, v, w, u, S = (x.to(dtype) for x in (r, k, v, w, u, S0))
-    with torch.autocast("cpu" if r.is_meta else r.device.type, enabled=False):  # "meta" has none
+    with torch.autocast("cpu" if r.is_meta else r.device.type, enabled=False):  # none on meta
         if r.shape[2] > 1:
             return wkv6_chunks(r, k, v, w, u, S)
         new = k.mT @ v                                                  # (B, H, D, D)
@@ -151,7 +151,8 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
 
 
 def wkv6_chunks(r, k, v, w, u, S):
-    """`wkv6` for any T. Tokens of one chunk read each other by a matrix A, the rest through S.
+    """`wkv6` for any T, in T / 64 steps of matrix products instead of T. The tokens of one chunk
+    read each other by a matrix A, and what was before through S.
 
     A[t, s] is the weight of token s in y_t. It begins as the diagonal, with the bonus; then blocks
     of h tokens are joined in pairs to blocks of 2 h. A digit is the step that fills the place:
@@ -162,7 +163,7 @@ def wkv6_chunks(r, k, v, w, u, S):
         . . . 0         . . 1 0         2 2 1 0         the decay between the two tokens.
 
     All factors are <= 1, so nothing overflows, however strong the decay. (In one product for the
-    whole chunk, r_t e^(w_1 + ... + w_t-1) times k_s e^-(w_1 + ... + w_s), the second does.)
+    whole chunk, r_t e^(w_1 + ... + w_{t-1}) times k_s e^-(w_1 + ... + w_s), the second does.)
     """
     T = r.shape[2]
     size = CHUNK if T >= CHUNK else 1 << (T - 1).bit_length()           # a power of 2
@@ -237,8 +238,8 @@ class TimeMix(nn.Module):
         k = self.key(x + gap * (self.time_maa_k + m_k))
         v = self.value(x + gap * (self.time_maa_v + m_v))
         g = F.silu(self.gate(x + gap * (self.time_maa_g + m_g)))
-        rate = torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
-        w = -torch.exp(self.time_decay.float() + rate.float())      # to bf16, a decay of 0.999 is 1
+        change = torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
+        w = -torch.exp(self.time_decay.float() + change.float())        # fp32: errors add up over t
         r, k, v, w = (z.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
                       for z in (r, k, v, w))
         S0 = self.first_state(len(x)) if S is None else S.clone()       # S is overwritten below
@@ -304,7 +305,8 @@ class RWKV6(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i == 0) for i in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.initialise()
+        if not self.head.weight.is_meta:     # there, the first draw takes seconds
+            self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -354,7 +356,7 @@ class RWKV6(nn.Module):
         return self.ln_out(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, V): the head."""
+        """(B, T, C) -> (B, T, V): the head, for a loss that is computed piece by piece."""
         return self.head(hidden)
 
     def forward(self, tokens: Tensor, state: State | None = None, last: bool = False) -> Tensor:
@@ -418,7 +420,8 @@ class RWKV6(nn.Module):
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
         limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        needed = past + max(len(p) + max(n, 1) - 1 for p, n in zip(prompts, limits))   # tokens fed
+        # what will be fed: not the last new token. A limit below 0: the prompt is too long
+        needed = past + max(len(p) + max(n - 1, 0) for p, n in zip(prompts, limits))
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
@@ -427,8 +430,8 @@ class RWKV6(nn.Module):
         if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        generator = torch.Generator()
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        seed = torch.Generator().seed() if seed is None else seed
+        generator = torch.Generator().manual_seed(seed)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         new, active = [[] for _ in prompts], {row for row in order if limits[row]}
         modes = {module: module.training for module in self.modules()}
@@ -445,7 +448,7 @@ class RWKV6(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that ended are fed too, into slots that exist
+                if active:                   # rows that have ended are fed too, inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
@@ -481,7 +484,7 @@ class RWKV6(nn.Module):
             model = cls(replace(config, **overrides))
         dtype = dtype or tensors["blocks.0.att.key.weight"].dtype
         weights = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-        for name, p in model.named_parameters():                        # some lack axes of length 1
+        for name, p in model.named_parameters():    # files have (C,) or (C, 1) for (1, 1, C)
             if name in weights and weights[name].squeeze().shape == p.squeeze().shape:
                 weights[name] = weights[name].reshape(p.shape)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -516,12 +519,14 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
-        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        # Sorting all of V is slow. The p < (1 - top_p) / V weigh less than 1 - top_p together, so
+        # they lie behind the cut and can go first; half of that, for rounding.
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)
         for row in probs:                                               # (V,), few of them not 0
             likely = row.nonzero()[:, 0]
             falling, order = row[likely].sort(descending=True, stable=True)
-            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
+            before = falling.cumsum(-1) - falling                       # the mass in front of each
+            row[likely[order[before > top_p]]] = 0.0
     return probs
 
 
@@ -542,10 +547,8 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 def read_pth(path: Path) -> tuple[RWKV6Config, dict[str, Tensor]]:
     """(config, tensors) of a .pth, or of the one in a folder. config.json beside it is optional."""
     files = sorted(path.glob("*.pth")) if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(f"{path} holds no .pth")
-    if len(files) > 1:
-        raise ValueError(f"{path} holds {', '.join(file.name for file in files)}: pass one of them")
+    if len(files) != 1:
+        raise ValueError(f"{path} holds {[file.name for file in files]}: pass the path of one .pth")
     tensors = torch.load(files[0], map_location="cpu", weights_only=True,
                          mmap=zipfile.is_zipfile(files[0]))             # no zip before torch 1.6
     for around in ("module", "model_state_dict", "state_dict", "model"):
@@ -564,4 +567,4 @@ def read_pth(path: Path) -> tuple[RWKV6Config, dict[str, Tensor]]:
                  tuned_state="blocks.0.att.time_state" in tensors)
     known = {field.name: stated[field.name] for field in fields(RWKV6Config)
              if stated.get(field.name) is not None}
-    return RWKV6Config(**{**known, **sizes}), tensors                   # shapes do not lie
+    return RWKV6Config(**{**known, **sizes}), tensors                   # shapes win

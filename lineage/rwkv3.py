@@ -1,7 +1,7 @@
 """RWKV-3 in one file: RWKV-2 in which each matrix has a blend of its own, and with norms inside.
 
-RWKV-2 had one blend of this token and the one before for key, value and receptance: now a key can
-look at both while the gate looks at this one. And the residual stream itself is no longer normed,
+RWKV-2 had one blend of this token and the one before for key, value and receptance: now each has a
+blend of its own. And the residual stream itself is no longer normed,
 only what is read from it, so that gradients pass through many layers unchanged, as in GPT-2; the
 embedding is normed once, by ln0.
 
@@ -27,7 +27,7 @@ current one has the bonus u. Beyond 60, e^k could overflow; ε prevents 0 / 0. A
 remember are x' and two sums: trained in parallel, the model runs as an RNN.
 
 headQK, an option that no published model has, helps to copy names: with h = ln_out(x), it adds
-head_q(h_t) · head_k(h_s) / D to the logit of token s at position t, for every s <= t.
+head_q(h_t) · head_k(h_s) / D, at position t, to the logit of the token that stands at s <= t.
 
     B batch   T time   C channels (n_embd)   L layers   V vocabulary
     M state capacity in tokens, with headQK only; D its key size (head_qk)
@@ -103,7 +103,7 @@ def previous(x: Tensor, last: Tensor | None) -> Tensor:
     tokens are constants: gradients flow only into x.
     """
     if last is None:
-        return F.pad(x, (0, 0, 1, -1))
+        return F.pad(x, (0, 0, 1, -1))       # zeros in at the front, the last token out
     shifted = torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
     last.copy_(x[:, -1].detach())
     return shifted
@@ -139,7 +139,7 @@ def wkv3(k: Tensor, v: Tensor, w: Tensor, u: Tensor, S0: Tensor,
 
 
 def sums(x: Tensor, w: Tensor) -> Tensor:
-    """x_t <- x_t + e^w x_{t-1} along (B, T, 2, C), in log T steps.
+    """x_t += e^w x_{t-1}, for t = 1, 2, ... in turn, along (B, T, 2, C), in about 2 log T steps.
 
     Two neighbours are one step with decay e^(2 w). So half as many steps, done the same way, give
     every second result; one more step from each gives those in between.
@@ -176,7 +176,7 @@ class TimeMix(nn.Module):
         r = torch.sigmoid(self.receptance(x + gap * (1 - self.time_mix_r)))
         k = self.key(x + gap * (1 - self.time_mix_k)).clamp(max=self.clamp)
         v = self.value(x + gap * (1 - self.time_mix_v))
-        w = -torch.exp(self.time_decay[:, 0].float())       # to bf16, a decay of 0.999 is 1
+        w = -torch.exp(self.time_decay[:, 0].float())       # fp32: its error adds up over time
         u = self.time_first[:, 0]
         S0 = k.new_zeros(len(k), 2, len(w)) if S is None else S.clone()     # S is overwritten below
         y, S1 = wkv3(k, v, w, u, S0, self.eps)
@@ -232,10 +232,7 @@ class State(NamedTuple):
     head_k: Tensor                           # (B, M, D): keys of headQK
     ids: Tensor                              # (B, M) int64: the tokens they belong to
 
-    @property
-    def capacity(self) -> float:
-        """The number of tokens that fit: M with headQK, else any."""
-        return self.ids.shape[1] or math.inf
+    capacity = property(lambda self: self.ids.shape[1] or math.inf, doc="The tokens that fit.")
 
 
 class RWKV3(nn.Module):
@@ -252,7 +249,8 @@ class RWKV3(nn.Module):
         if config.head_qk:
             self.head_q = nn.Linear(config.n_embd, config.head_qk, bias=False)
             self.head_k = nn.Linear(config.n_embd, config.head_qk, bias=False)
-        self.initialise()
+        if not self.head.weight.is_meta:     # there, the first draw takes seconds
+            self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -394,7 +392,8 @@ class RWKV3(nn.Module):
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
         limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        needed = past + max(len(p) + max(n, 1) - 1 for p, n in zip(prompts, limits))   # tokens fed
+        # what will be fed: not the last new token. A limit below 0: the prompt is too long
+        needed = past + max(len(p) + max(n - 1, 0) for p, n in zip(prompts, limits))
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
@@ -403,8 +402,8 @@ class RWKV3(nn.Module):
         if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        generator = torch.Generator()
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        seed = torch.Generator().seed() if seed is None else seed
+        generator = torch.Generator().manual_seed(seed)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         new, active = [[] for _ in prompts], {row for row in order if limits[row]}
         modes = {module: module.training for module in self.modules()}
@@ -421,7 +420,7 @@ class RWKV3(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that ended are fed too, into slots that exist
+                if active:                   # rows that have ended are fed too, inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
@@ -457,7 +456,7 @@ class RWKV3(nn.Module):
             model = cls(replace(config, **overrides))
         dtype = dtype or tensors["blocks.0.att.key.weight"].dtype
         weights = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-        for name, p in model.named_parameters():                        # some lack axes of length 1
+        for name, p in model.named_parameters():    # files have (C,) or (C, 1) for (1, 1, C)
             if name in weights and weights[name].squeeze().shape == p.squeeze().shape:
                 weights[name] = weights[name].reshape(p.shape)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -495,12 +494,14 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
-        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        # Sorting all of V is slow. The p < (1 - top_p) / V weigh less than 1 - top_p together, so
+        # they lie behind the cut and can go first; half of that, for rounding.
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)
         for row in probs:                                               # (V,), few of them not 0
             likely = row.nonzero()[:, 0]
             falling, order = row[likely].sort(descending=True, stable=True)
-            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
+            before = falling.cumsum(-1) - falling                       # the mass in front of each
+            row[likely[order[before > top_p]]] = 0.0
     return probs
 
 
@@ -543,4 +544,4 @@ def read_pth(path: Path) -> tuple[RWKV3Config, dict[str, Tensor]]:
             sizes.update(ctx_len=len(tensors.pop("copy_mask")))
     known = {field.name: stated[field.name] for field in fields(RWKV3Config)
              if stated.get(field.name) is not None}
-    return RWKV3Config(**{**known, **sizes}), tensors                   # shapes do not lie
+    return RWKV3Config(**{**known, **sizes}), tensors                   # shapes win

@@ -1,11 +1,11 @@
 """RWKV-4 in one file: RWKV-3 whose weighted mean is exact for every key.
 
 RWKV-3 cut keys off at 60, since e^k overflows, and added a small ε to the denominator, which pulls
-y to 0 where every k is low. RWKV-4 has neither: it keeps both sums divided by e^o, o the largest
-exponent in them so far, a third vector to remember. Besides, training pulls the largest logit of
-each position towards 0 ("L2Wrap"), so that logits do not drift out of the range of fp16, and decay
-and bonus learn two and three times as fast as the rest. Models of 0.2 to 14 billion parameters
-were trained.
+y to 0 where every k is low. RWKV-4 has neither: it keeps both sums divided by e^o, o their largest
+exponent, max over s of k_s + (t - s) w, a third vector to remember. Besides, training pulls the
+largest logit of each position towards 0 ("L2Wrap"), so that logits do not drift out of the range of
+fp16, and decay and bonus learn two and three times as fast as the rest. Models of 0.2 to 14 billion
+parameters were trained.
 
 The whole forward pass. Each block reads the residual stream x (T, C) and adds to it twice:
 
@@ -104,7 +104,7 @@ def previous(x: Tensor, last: Tensor | None) -> Tensor:
     tokens are constants: gradients flow only into x.
     """
     if last is None:
-        return F.pad(x, (0, 0, 1, -1))
+        return F.pad(x, (0, 0, 1, -1))       # zeros in at the front, the last token out
     shifted = torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
     last.copy_(x[:, -1].detach())
     return shifted
@@ -137,7 +137,7 @@ def wkv4(k: Tensor, v: Tensor, w: Tensor, u: Tensor, S0: Tensor) -> tuple[Tensor
     """
     dtype = torch.promote_types(k.dtype, torch.float32)
     k, v, w, u, S0 = (x.to(dtype) for x in (k, v, w, u, S0))
-    with torch.no_grad():                    # another o, with p, q to match, gives the same y
+    with torch.no_grad():                    # y does not depend on o: no gradient
         o = highest(torch.cat([S0[:, None, 2], k], 1), w)               # (B, 1 + T, C)
         m = torch.maximum(o[:, :-1], u + k)
     decay = F.pad((o[:, :-1] - o[:, 1:] + w).exp(), (0, 0, 1, 0))       # from each o to the next
@@ -151,7 +151,7 @@ def wkv4(k: Tensor, v: Tensor, w: Tensor, u: Tensor, S0: Tensor) -> tuple[Tensor
 
 
 def highest(o: Tensor, w: Tensor) -> Tensor:
-    """o_t <- max(o_t, o_{t-1} + w) along (B, T, C): each step doubles how far back it reads."""
+    """o_t <- max(o_t, o_{t-1} + w) along (B, T, C): `span`, how far back o has read, doubles."""
     span = 1
     while span < o.shape[1]:
         o = torch.cat([o[:, :span], torch.maximum(o[:, span:], o[:, :-span] + span * w)], 1)
@@ -201,7 +201,7 @@ class TimeMix(nn.Module):
         r = torch.sigmoid(self.receptance(x + gap * (1 - self.time_mix_r)))
         k = self.key(x + gap * (1 - self.time_mix_k))
         v = self.value(x + gap * (1 - self.time_mix_v))
-        w = -torch.exp(self.time_decay.float())             # to bf16, a decay of 0.999 is 1
+        w = -torch.exp(self.time_decay.float())             # fp32: its error adds up over time
         S0 = self.first_state(len(x)) if S is None else S.clone()       # S is overwritten below
         y, S1 = wkv4(k, v, w, self.time_first, S0)
         if S is not None:
@@ -265,7 +265,8 @@ class RWKV4(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i == 0) for i in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.initialise()
+        if not self.head.weight.is_meta:     # there, the first draw takes seconds
+            self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -309,7 +310,7 @@ class RWKV4(nn.Module):
         return self.ln_out(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, V): the head."""
+        """(B, T, C) -> (B, T, V): the head, for a loss that is computed piece by piece."""
         return self.head(hidden)
 
     def forward(self, tokens: Tensor, state: State | None = None, last: bool = False) -> Tensor:
@@ -369,7 +370,8 @@ class RWKV4(nn.Module):
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
         limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        needed = past + max(len(p) + max(n, 1) - 1 for p, n in zip(prompts, limits))   # tokens fed
+        # what will be fed: not the last new token. A limit below 0: the prompt is too long
+        needed = past + max(len(p) + max(n - 1, 0) for p, n in zip(prompts, limits))
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
@@ -378,8 +380,8 @@ class RWKV4(nn.Module):
         if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        generator = torch.Generator()
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        seed = torch.Generator().seed() if seed is None else seed
+        generator = torch.Generator().manual_seed(seed)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         new, active = [[] for _ in prompts], {row for row in order if limits[row]}
         modes = {module: module.training for module in self.modules()}
@@ -396,7 +398,7 @@ class RWKV4(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that ended are fed too, into slots that exist
+                if active:                   # rows that have ended are fed too, inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
@@ -432,7 +434,7 @@ class RWKV4(nn.Module):
             model = cls(replace(config, **overrides))
         dtype = dtype or tensors["blocks.0.att.key.weight"].dtype
         weights = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-        for name, p in model.named_parameters():                        # some lack axes of length 1
+        for name, p in model.named_parameters():    # files have (C,) or (C, 1) for (1, 1, C)
             if name in weights and weights[name].squeeze().shape == p.squeeze().shape:
                 weights[name] = weights[name].reshape(p.shape)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -467,12 +469,14 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
-        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        # Sorting all of V is slow. The p < (1 - top_p) / V weigh less than 1 - top_p together, so
+        # they lie behind the cut and can go first; half of that, for rounding.
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)
         for row in probs:                                               # (V,), few of them not 0
             likely = row.nonzero()[:, 0]
             falling, order = row[likely].sort(descending=True, stable=True)
-            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
+            before = falling.cumsum(-1) - falling                       # the mass in front of each
+            row[likely[order[before > top_p]]] = 0.0
     return probs
 
 
@@ -511,4 +515,4 @@ def read_pth(path: Path) -> tuple[RWKV4Config, dict[str, Tensor]]:
                  dim_ffn=len(tensors["blocks.0.ffn.key.weight"]))
     known = {field.name: stated[field.name] for field in fields(RWKV4Config)
              if stated.get(field.name) is not None}
-    return RWKV4Config(**{**known, **sizes}), tensors                   # shapes do not lie
+    return RWKV4Config(**{**known, **sizes}), tensors                   # shapes win

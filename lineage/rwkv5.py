@@ -110,7 +110,7 @@ def previous(x: Tensor, last: Tensor | None) -> Tensor:
     tokens are constants: gradients flow only into x.
     """
     if last is None:
-        return F.pad(x, (0, 0, 1, -1))
+        return F.pad(x, (0, 0, 1, -1))       # zeros in at the front, the last token out
     shifted = torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
     last.copy_(x[:, -1].detach())
     return shifted
@@ -137,7 +137,7 @@ def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
     bf16, what a long memory adds up would be lost."""
     dtype = torch.promote_types(r.dtype, torch.float32)
     r, k, v, w, u, S = (x.to(dtype) for x in (r, k, v, w, u, S0))
-    with torch.autocast("cpu" if r.is_meta else r.device.type, enabled=False):  # "meta" has none
+    with torch.autocast("cpu" if r.is_meta else r.device.type, enabled=False):  # none on meta
         if r.shape[2] > 1:
             return wkv5_chunks(r, k, v, w, u, S)
         new = k.mT @ v                                                  # (B, H, D, D)
@@ -153,11 +153,11 @@ def wkv5_chunks(r, k, v, w, u, S):
         r1 k0ᵀ  A1          ends: together, from the earlier token to the later one
 
     All factors are <= 1, so nothing overflows, however strong the decay. (It would with one product
-    for the chunk, of r_t e^(t w) and k_s e^(-s w).)
+    for the chunk, of r_t e^((t-1) w) and k_s e^(-s w).)
     """
     T = r.shape[2]
-    size = min(CHUNK, 1 << T.bit_length() - 1)                          # a power of 2
-    if T % size:                             # zeros at the end would decay S: so smaller chunks
+    size = min(CHUNK, 1 << (T.bit_length() - 1))                        # a power of 2 <= T
+    if T % size:         # padding would decay S once more for every zero: so smaller chunks instead
         y0, S = wkv5_chunks(*(x[:, :, :T - T % size] for x in (r, k, v)), w, u, S)
         y1, S = wkv5_chunks(*(x[:, :, T - T % size:] for x in (r, k, v)), w, u, S)
         return torch.cat([y0, y1], 2), S
@@ -217,7 +217,7 @@ class TimeMix(nn.Module):
         r = self.receptance(x + gap * (1 - self.time_mix_r))
         k = self.key(x + gap * (1 - self.time_mix_k))
         v = self.value(x + gap * (1 - self.time_mix_v))
-        w = -torch.exp(self.time_decay.float())             # to bf16, a decay of 0.999 is 1
+        w = -torch.exp(self.time_decay.float())             # fp32: its error adds up over time
         u = self.time_first.float().exp() if self.version == "5.0" else self.time_faaaa
         r, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (r, k, v))
         w, u = w.view(self.heads, -1), u.view(self.heads, -1)           # (H, D), or (H, 1)
@@ -288,7 +288,8 @@ class RWKV5(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i == 0) for i in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.initialise()
+        if not self.head.weight.is_meta:     # there, the first draw takes seconds
+            self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -340,7 +341,7 @@ class RWKV5(nn.Module):
         return self.ln_out(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, V): the head."""
+        """(B, T, C) -> (B, T, V): the head, for a loss that is computed piece by piece."""
         return self.head(hidden)
 
     def forward(self, tokens: Tensor, state: State | None = None, last: bool = False) -> Tensor:
@@ -401,7 +402,8 @@ class RWKV5(nn.Module):
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
         limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        needed = past + max(len(p) + max(n, 1) - 1 for p, n in zip(prompts, limits))   # tokens fed
+        # what will be fed: not the last new token. A limit below 0: the prompt is too long
+        needed = past + max(len(p) + max(n - 1, 0) for p, n in zip(prompts, limits))
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
@@ -410,8 +412,8 @@ class RWKV5(nn.Module):
         if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        generator = torch.Generator()
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        seed = torch.Generator().seed() if seed is None else seed
+        generator = torch.Generator().manual_seed(seed)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         new, active = [[] for _ in prompts], {row for row in order if limits[row]}
         modes = {module: module.training for module in self.modules()}
@@ -428,7 +430,7 @@ class RWKV5(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that ended are fed too, into slots that exist
+                if active:                   # rows that have ended are fed too, inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
@@ -464,7 +466,7 @@ class RWKV5(nn.Module):
             model = cls(replace(config, **overrides))
         dtype = dtype or tensors["blocks.0.att.key.weight"].dtype
         weights = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-        for name, p in model.named_parameters():                        # some lack axes of length 1
+        for name, p in model.named_parameters():    # files have (C,) or (C, 1) for (1, 1, C)
             if name in weights and weights[name].squeeze().shape == p.squeeze().shape:
                 weights[name] = weights[name].reshape(p.shape)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -499,12 +501,14 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
-        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        # Sorting all of V is slow. The p < (1 - top_p) / V weigh less than 1 - top_p together, so
+        # they lie behind the cut and can go first; half of that, for rounding.
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)
         for row in probs:                                               # (V,), few of them not 0
             likely = row.nonzero()[:, 0]
             falling, order = row[likely].sort(descending=True, stable=True)
-            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
+            before = falling.cumsum(-1) - falling                       # the mass in front of each
+            row[likely[order[before > top_p]]] = 0.0
     return probs
 
 
@@ -545,4 +549,4 @@ def read_pth(path: Path) -> tuple[RWKV5Config, dict[str, Tensor]]:
                  version="5.0" if not gated else "5.1" if decay.dim() == 1 else "5.2")
     known = {field.name: stated[field.name] for field in fields(RWKV5Config)
              if stated.get(field.name) is not None}
-    return RWKV5Config(**{**known, **sizes}), tensors                   # shapes do not lie
+    return RWKV5Config(**{**known, **sizes}), tensors                   # shapes win
