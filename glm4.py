@@ -13,7 +13,7 @@ forward pass, in which each block reads the residual stream x (T, C) and adds to
 
     norm(x) = x / √(mean(x²) + ε) * weight              RMSNorm (bf16: see below)
     SiLU(x) = x / (1 + exp(-x))
-    rotate, at position t, turns the values a, b of channels 2j, 2j + 1 below R of a head's D:
+    rotate, at position t, turns the values a, b of channels 2j, 2j + 1 of a head, for 2j < R:
         (a cos φ - b sin φ, a sin φ + b cos φ)          φ = t ω_j,  ω_j = rope_theta^(-2j/R)
 
       channel of a head    0 1    2 3    4 5 6 7        D = 8, R = 4
@@ -39,7 +39,7 @@ their original layout (.bin, int8, int4 too; their code is not run), Hugging Fac
     model = GLM4.from_pretrained("path/to/glm-4-9b-chat")   # or GLM4(SIZES["glm-4-9b"]), untrained
     [new] = model.generate([[151331, 151333, 98]], 20, temperature=0.8, top_p=0.8, seed=1)
     model.save_pretrained("copy")                           # transformers opens it
-    tokens = torch.tensor([[151331, 151333, 98, 99]])       # (B, T); to train on them:
+    tokens = torch.tensor([[151331, 151333, 98, 99]])       # (B, T), after [gMASK] <sop>; to train:
     F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     torch.optim.AdamW(model.parameter_groups(weight_decay=0.1), **model.OPTIMIZER).step()
 """
@@ -60,7 +60,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class GLM4Config:
-    """Sizes of a GLM, named as in Hugging Face's config.json; the defaults are GLM-4-9B's."""
+    """Sizes of a GLM, named as in Hugging Face's config.json; the defaults are transformers'."""
     max_position_embeddings: int = 131072
     hidden_size: int = 4096
     num_hidden_layers: int = 40
@@ -118,8 +118,8 @@ SIZES = {                                    # context, hidden_size, layers, H, 
 
 
 def inverse_frequency(config: GLM4Config, dtype: torch.dtype = torch.float32) -> Tensor:
-    """ω: (R/2,) on the CPU, the angle in radians by which each pair turns per position, computed in
-    the order of the official code: at position 10^6, rounding in fp32 alone turns by up to 0.03."""
+    """ω: (R/2,) on the CPU, radians per position for each pair, in the official order of steps: at
+    position 10^6, rounding in fp32 changes an angle by up to 0.03."""
     R = int(config.head_dim * config.partial_rotary_factor)
     return 1.0 / config.rope_theta ** (torch.arange(0, R, 2, dtype=dtype, device="cpu") / R)
 
@@ -154,10 +154,10 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values, place = cache
             k, v = store(keys, place, k), store(values, place, v)               # (B, K, slots, D)
-        if T == 1:           # one token: the H/K heads that share k and v become rows of one query,
+        if T == 1:           # heads that share k and v become H/K queries of one head, without GQA
             q = q.reshape(B, self.kv_heads, -1, q.shape[-1])  # 10 x faster: (B, K, H/K, D)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,  # causal, one sees one key
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,  # T = 1 would see only key 0
             enable_gqa=q.shape[1] != k.shape[1]).reshape(B, self.heads, T, -1)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
         # --- end of attend ---
@@ -185,14 +185,14 @@ class Block(nn.Module):
         C, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = nn.RMSNorm(C, eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(C, eps)  # its published name: before the MLP
+        self.post_attention_layernorm = nn.RMSNorm(C, eps)  # as published; it norms the MLP's input
         self.mlp = MLP(config)
         N = nn.RMSNorm if config.sandwich_norms else nn.Identity
         self.post_self_attn_layernorm, self.post_mlp_layernorm = N(C, eps), N(C, eps)
 
     def forward(self, x, rotation, mask, cache):
         y = self.self_attn(self.input_layernorm(x), rotation, mask, cache)
-        x = x + self.post_self_attn_layernorm(y.to(x.dtype))            # autocast's y is bf16
+        x = x + self.post_self_attn_layernorm(y.to(x.dtype))            # under autocast bf16
         return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)).to(x.dtype))
 
 
@@ -210,7 +210,7 @@ def look_back(tokens: Tensor, state: State | None, context: int):
     """Where new tokens (B, T) stand and what they see: (positions, mask, caches).
 
     positions: (B or 1, T). mask: None where plain causal attention is right, else (B, 1, T, slots),
-    True for what is seen. T = 2 new tokens of two rows that have seen 3 and 1 see the slots x:
+    True for what is seen. Two rows that have seen 3 and 1 tokens get T = 2 more (x: True):
 
         row 0   x x x x .        row 1   x x . . .
                 x x x x x                x x x . .
@@ -227,8 +227,8 @@ def look_back(tokens: Tensor, state: State | None, context: int):
         raise ValueError(f"{B} rows of tokens, but a state of {len(state.position)}")
     positions = state.position[:, None] + steps                         # (B, T)
     rows, heads = (torch.arange(n, device=tokens.device) for n in (B, state.key.shape[2]))
-    place = rows[:, None, None], heads[:, None], positions[:, None]     # together (B, heads, T)
-    slots, causal = state.capacity, False    # under torch.compile no shape depends on a value
+    place = rows[:, None, None], heads[:, None], positions[:, None]     # broadcast: (B, heads, T)
+    slots, causal = state.capacity, False    # torch.compile: fixed shapes, no check
     if not torch.compiler.is_compiling():
         low, high = torch.stack(state.position.aminmax()).tolist()      # waits for the GPU, once
         slots = high + T
@@ -274,7 +274,7 @@ class GLM4(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.inverse_frequency = inverse_frequency(config)   # no buffer: never cast, never on meta
-        if not self.lm_head.weight.is_meta:  # there, the first draw takes seconds
+        if not self.lm_head.weight.is_meta:  # on meta, drawing takes seconds
             self.initialise()
 
     @torch.no_grad()
@@ -325,11 +325,9 @@ class GLM4(nn.Module):
                      like.new_zeros(shape))
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay.
-
-        It ignores `lr_scale` (of the learning rate) and `hidden_matrix` (2-D, inside a block: for
-        optimisers like Muon), which are for train.py.
-        """
+        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay. AdamW ignores
+        two keys, which train.py reads: `lr_scale`, a factor of the learning rate, and
+        `hidden_matrix`, true for the 2-D matrices inside the blocks (for optimisers like Muon)."""
         blocks, tables, vectors = [], [], []
         for name, p in self.named_parameters():
             (vectors if p.dim() < 2 else blocks if "layers." in name else tables).append(p)
@@ -396,7 +394,7 @@ class GLM4(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that have ended are fed too, inside the cache
+                if active:                   # ended rows are fed too, but inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
@@ -452,9 +450,8 @@ class GLM4(nn.Module):
         Glm4 with `sandwich_norms`, else of Glm, in which ChatGLM3 runs unchanged."""
         from safetensors.torch import save_file
         weights, stated = Path(directory, "model.safetensors"), Path(directory, "config.json")
-        for older in ("consolidated.00.pth", "model.safetensors.index.json"):
-            if Path(directory, older).exists():
-                raise ValueError(f"{directory} holds {older}, another model: move it away")
+        if (older := Path(directory, "model.safetensors.index.json")).exists():
+            raise ValueError(f"{older} is of another model: move it away")
         weights.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         if self.config.tie_word_embeddings:
@@ -549,7 +546,7 @@ FIELDS = {                                   # config.json of the original layou
     "kv_channels": "head_dim", "seq_length": "max_position_embeddings",
     "layernorm_epsilon": "rms_norm_eps", "add_qkv_bias": "attention_bias",
 }
-RENAMED = {                                  # in its names of tensors: in ours; in this order
+RENAMED = {                                  # part of its tensor names: of ours; in this order
     "embedding.word_embeddings": "embed_tokens", "encoder.": "", "output_layer": "lm_head",
     "final_layernorm": "norm",
     "self_attention.dense": "self_attn.o_proj", "self_attention": "self_attn",
@@ -594,8 +591,8 @@ def to_ours(tensors, config: GLM4Config):
 
 
 def dequantised(tensors, bits: int | None):
-    """Yield the tensors, ChatGLM3's int8 and int4 (two columns a byte, the even one high) as what
-    they stand for: each row of integers times its scale (quantization.py beside its model)."""
+    """Yield the tensors, ChatGLM3's int8 and int4 (two columns a byte, the even one high)
+    dequantised: each row of integers times its scale (quantization.py beside its model)."""
     halves = {}                              # integers and scales whose other half is yet to come
     for name, tensor in tensors:
         base = name.removesuffix("_scale")

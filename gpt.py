@@ -13,9 +13,9 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
     LN(x) = (x - mean(x)) / √(var(x) + ε) * weight + bias           over the channels
     GELU(x) = x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))              close to x Φ(x)
 
-In training, dropout follows the embeddings, the softmax and both additions. The other models of
-this project change five things here: learned positions, which end at `n_positions`; LayerNorm; keys
-and values for every head; the MLP; and the head, which is the token table (tied weights).
+In training, dropout follows the embeddings, the softmax, W_o and W_out. Llama 3 and GLM-4 change
+six things: learned positions, which end at `n_positions`; LayerNorm; most biases; keys and values
+for every head; the MLP; and the head, which is the token table (tied weights).
 
     B batch   T time   C channels (n_embd)   H heads   D head size   L layers   V vocabulary
     M cache capacity in tokens
@@ -27,7 +27,7 @@ Face layout (safetensors or bin, keys with or without `transformer.`) and nanoGP
     model = GPT.from_pretrained("path/to/gpt2")             # or GPT(SIZES["gpt2"]), untrained
     [new] = model.generate([[464, 3290]], 20, temperature=0.8, top_k=50, seed=1)
     model.save_pretrained("copy")                           # transformers opens it
-    tokens = torch.tensor([[464, 3290, 318, 257]])          # (B, T); to train on them:
+    tokens = torch.tensor([[464, 3290, 318, 257]])          # (B, T) "The dog is a"; to train:
     model.train()                                           # dropout on
     F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     torch.optim.AdamW(model.parameter_groups(weight_decay=0.1), **model.OPTIMIZER).step()
@@ -84,7 +84,7 @@ class GPTConfig:
 
     @classmethod
     def sized(cls, layers: int, width: int, vocab_size: int, context: int) -> "GPTConfig":
-        """GPT-2 of this depth and width: heads of about 64 channels, an MLP four times as wide."""
+        """GPT-2 of this depth and width: heads of 64 channels or more, an MLP 4 x as wide."""
         heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
         return cls(vocab_size, context, width, layers, heads, n_inner=4 * width)
 
@@ -110,13 +110,14 @@ class Attention(nn.Module):
 
     def forward(self, x, mask, cache):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        if cache is not None:                                           # q, k, v: (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, H, T, D)
+        if cache is not None:
             keys, values, place = cache
             k, v = store(keys, place, k), store(values, place, v)       # (B, H, slots, D)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1)    # (B, H, T, D); causal, one query sees one key
+            is_causal=mask is None and T > 1)    # (B, H, T, D); T = 1 would see only key 0
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -163,7 +164,7 @@ def look_back(tokens: Tensor, state: State | None, context: int):
     """Where new tokens (B, T) stand and what they see: (positions, mask, caches).
 
     positions: (B or 1, T). mask: None where plain causal attention is right, else (B, 1, T, slots),
-    True for what is seen. T = 2 new tokens of two rows that have seen 3 and 1 see the slots x:
+    True for what is seen. Two rows that have seen 3 and 1 tokens get T = 2 more (x: True):
 
         row 0   x x x x .        row 1   x x . . .
                 x x x x x                x x x . .
@@ -180,8 +181,8 @@ def look_back(tokens: Tensor, state: State | None, context: int):
         raise ValueError(f"{B} rows of tokens, but a state of {len(state.position)}")
     positions = state.position[:, None] + steps                         # (B, T)
     rows, heads = (torch.arange(n, device=tokens.device) for n in (B, state.key.shape[2]))
-    place = rows[:, None, None], heads[:, None], positions[:, None]     # together (B, heads, T)
-    slots, causal = state.capacity, False    # under torch.compile no shape depends on a value
+    place = rows[:, None, None], heads[:, None], positions[:, None]     # broadcast: (B, heads, T)
+    slots, causal = state.capacity, False    # torch.compile: fixed shapes, no check
     if not torch.compiler.is_compiling():
         low, high = torch.stack(state.position.aminmax()).tolist()      # waits for the GPU, once
         slots = high + T
@@ -227,7 +228,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(C, V, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight
-        if not self.wte.weight.is_meta:      # there, the first draw takes seconds
+        if not self.wte.weight.is_meta:      # on meta, drawing takes seconds
             self.initialise()
 
     @torch.no_grad()
@@ -341,7 +342,7 @@ class GPT(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that have ended are fed too, inside the cache
+                if active:                   # ended rows are fed too, but inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
@@ -496,8 +497,8 @@ def read_hugging_face(path: Path):
 def read_nanogpt(path: Path):
     """(config, tensors) of nanoGPT's ckpt.pt; of another .pt, a state dict beside a config.json.
 
-    nanoGPT had the tanh GELU until June 2023 (PR #274), then the exact one. Without `bias` a file is
-    older than January 2023: tanh. One from between has to be told: activation_function="gelu_new".
+    nanoGPT had the tanh GELU until June 2023 (PR #274), then the exact one. Without `bias`, it is
+    from before January 2023: tanh. One from between has to be told: activation_function="gelu_new".
     """
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if "model_args" not in content:
@@ -513,7 +514,7 @@ def read_nanogpt(path: Path):
 
 
 def to_ours(tensors, transposed: bool):
-    """Yield (our name, our tensor) for each published one but the buffers of masks."""
+    """Yield (our name, our tensor), without mask buffers; Hugging Face's matrices are (in, out)."""
     for name, tensor in tensors:
         if not name.endswith((".attn.bias", ".attn.masked_bias")):
             turned = transposed and name.startswith("h.") and tensor.dim() == 2

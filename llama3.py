@@ -18,11 +18,11 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
 
 What differs from GPT-2 (gpt.py):
 
-* positions are rotations of q and k (RoPE), so only distances enter q kᵀ. 3.1 slows the low
-  frequencies, which stretches a model trained at 8192 tokens to a context of 131072;
+* positions are rotations of q and k (RoPE), so only distances enter q kᵀ. 3.1 and 3.2
+  slow the low frequencies, for a context of 131072 tokens instead of 8192;
 * RMSNorm subtracts no mean; nothing has a bias; the MLP is gated, by a third matrix;
 * the head is a matrix of its own, except in the small 3.2 models, where it is the token table;
-* H/K heads of q in a row share one head of k and v, for a smaller cache (grouped queries):
+* H/K consecutive heads of q share one head of k and v, for a smaller cache (grouped queries):
 
       q        0 1 2 3   4 5 6 7          H = 8
       k, v     [  0  ]   [  1  ]          K = 2
@@ -38,7 +38,7 @@ Loads Meta's layout (params.json and consolidated.NN.pth, any number of shards) 
     model = Llama3.from_pretrained("path/to/Llama-3.2-1B")  # or Llama3(SIZES["llama3.2-1b"])
     [new] = model.generate([[128000, 9906]], 20, temperature=0.6, top_p=0.9, seed=1)
     model.save_pretrained("copy")                           # transformers opens it
-    tokens = torch.tensor([[128000, 9906, 11, 1917]])       # (B, T); to train on them:
+    tokens = torch.tensor([[128000, 9906, 11, 1917]])       # "Hello, world" after the start token
     F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     torch.optim.AdamW(model.parameter_groups(weight_decay=0.1), **model.OPTIMIZER).step()
 """
@@ -96,7 +96,7 @@ class Llama3Config:
     @classmethod
     def sized(cls, layers: int, width: int, vocab_size: int, context: int) -> "Llama3Config":
         """Llama 3 of this depth and width, in the proportions of 8B: heads of about 64 channels,
-        from 3B on of 128, up to four to each key/value head; small ones tied, as in 3.2."""
+        of 128 from width 3072 on, up to four to each key/value head; small ones tied, as in 3.2."""
         heads = max(1, width // (128 if width >= 3072 else 64))
         shared = min(n for n in range(1, heads + 1) if heads % n == 0 and n >= heads / 4)
         size = max(2, width // heads // 2 * 2)                          # even: RoPE has pairs
@@ -122,7 +122,7 @@ def inverse_frequency(config: Llama3Config) -> Tensor:
     """ω: (D/2,) fp32, on the CPU, the angle in radians by which each pair turns per position.
 
     With a rope_factor, wavelengths that fit more than `high` times into the original context are
-    kept, those that fit less than `low` times are multiplied by it; in between, ω is interpolated.
+    kept, those that fit fewer than `low` times multiplied by it; in between, ω is interpolated.
     """
     even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     ω = 1.0 / config.rope_theta ** (even / config.head_dim)             # fp32, as published
@@ -137,7 +137,7 @@ def inverse_frequency(config: Llama3Config) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (j, j + D/2) of each head of x (B, heads, T, D); cos, sin (B, 1, T, D/2)."""
-    a, b = x.chunk(2, dim=-1)                # cos and sin are fp32, so what follows is, as Meta's
+    a, b = x.chunk(2, dim=-1)                # cos and sin are fp32, so the products are, as Meta's
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
@@ -171,10 +171,10 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values, place = cache
             k, v = store(keys, place, k), store(values, place, v)               # (B, K, slots, D)
-        if T == 1:           # one token: the H/K heads that share k and v become rows of one query,
+        if T == 1:           # heads that share k and v become H/K queries of one head, without GQA
             q = q.reshape(B, self.kv_heads, -1, q.shape[-1])  # 10 x faster: (B, K, H/K, D)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,  # causal, one sees one key
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,  # T = 1 would see only key 0
             enable_gqa=q.shape[1] != k.shape[1]).reshape(B, self.heads, T, -1)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
         # --- end of attend ---
@@ -222,7 +222,7 @@ def look_back(tokens: Tensor, state: State | None, context: int):
     """Where new tokens (B, T) stand and what they see: (positions, mask, caches).
 
     positions: (B or 1, T). mask: None where plain causal attention is right, else (B, 1, T, slots),
-    True for what is seen. T = 2 new tokens of two rows that have seen 3 and 1 see the slots x:
+    True for what is seen. Two rows that have seen 3 and 1 tokens get T = 2 more (x: True):
 
         row 0   x x x x .        row 1   x x . . .
                 x x x x x                x x x . .
@@ -239,8 +239,8 @@ def look_back(tokens: Tensor, state: State | None, context: int):
         raise ValueError(f"{B} rows of tokens, but a state of {len(state.position)}")
     positions = state.position[:, None] + steps                         # (B, T)
     rows, heads = (torch.arange(n, device=tokens.device) for n in (B, state.key.shape[2]))
-    place = rows[:, None, None], heads[:, None], positions[:, None]     # together (B, heads, T)
-    slots, causal = state.capacity, False    # under torch.compile no shape depends on a value
+    place = rows[:, None, None], heads[:, None], positions[:, None]     # broadcast: (B, heads, T)
+    slots, causal = state.capacity, False    # torch.compile: fixed shapes, no check
     if not torch.compiler.is_compiling():
         low, high = torch.stack(state.position.aminmax()).tolist()      # waits for the GPU, once
         slots = high + T
@@ -286,7 +286,7 @@ class Llama3(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.inverse_frequency = inverse_frequency(config)   # no buffer: .to(bfloat16) would round
-        if not self.lm_head.weight.is_meta:  # there, the first draw takes seconds
+        if not self.lm_head.weight.is_meta:  # on meta, drawing takes seconds
             self.initialise()
 
     @torch.no_grad()
@@ -306,7 +306,7 @@ class Llama3(nn.Module):
         cached sequence, and it advances by T. ValueError if they do not fit."""
         positions, mask, caches = look_back(tokens, state, self.config.max_position_embeddings)
         ω = self.inverse_frequency = self.inverse_frequency.to(tokens.device)
-        angles = positions[:, None, :, None] * ω    # (B or 1, 1, T, D/2), fp32: bf16 has no 257
+        angles = positions[:, None, :, None] * ω    # (B or 1, 1, T, D/2); fp32: bf16 lacks 257
         rotation = angles.cos(), angles.sin()
         x = self.model.embed_tokens(tokens)                             # (B, T, C)
         for block, cache in zip(self.model.layers, caches):
@@ -333,11 +333,9 @@ class Llama3(nn.Module):
                      like.new_zeros(shape))
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay.
-
-        It ignores `lr_scale` (of the learning rate) and `hidden_matrix` (2-D, inside a block: for
-        optimisers like Muon), which are for train.py.
-        """
+        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay. AdamW ignores
+        two keys, which train.py reads: `lr_scale`, a factor of the learning rate, and
+        `hidden_matrix`, true for the 2-D matrices inside the blocks (for optimisers like Muon)."""
         blocks, tables, norms = [], [], []
         for name, p in self.named_parameters():
             (norms if p.dim() < 2 else blocks if "layers." in name else tables).append(p)
@@ -404,7 +402,7 @@ class Llama3(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that have ended are fed too, inside the cache
+                if active:                   # ended rows are fed too, but inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
@@ -604,8 +602,8 @@ def meta_shards(path: Path) -> list[Path]:
 
 def from_meta(shards, dim, n_layers, n_heads, n_kv_heads=None, vocab_size=-1, norm_eps=1e-5,
               rope_theta=None, use_scaled_rope=False, multiple_of=None, ffn_dim_multiplier=None):
-    """Our config from the fields of params.json, and from shapes where it does not tell (nor do
-    multiple_of and ffn_dim_multiplier, of which intermediate_size was computed)."""
+    """Our config from params.json; V and intermediate_size from shapes, so that multiple_of and
+    ffn_dim_multiplier, of which Meta computed the latter, are not needed."""
     rows = {name: len(t) * len(shards) for name, t in read_tensors(shards[0])}
     V, llama2 = rows["output.weight"], vocab_size == -1
     if vocab_size != V and not llama2:

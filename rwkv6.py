@@ -17,13 +17,13 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
         split into H heads of D channels; in each, from S = 0, a (D, D) matrix of keys by values:
             y_t = r_t (S + diag(u) k_tᵀ v_t)            read; u = time_faaaa
             S <- diag(e^w_t) S + k_tᵀ v_t               remember
-        return (ln_x(y) silu(x_g W_gate)) W_output      ln_x: each head normed by itself
+        return (ln_x(y) * silu(x_g W_gate)) W_output    ln_x: each head normed by itself
     channel_mix(x), with x_k, x_r = x + time_maa_k (x' - x), x + time_maa_r (x' - x):
-        return σ(x_r W_receptance) (relu(x_k W_key)² W_value)
+        return σ(x_r W_receptance) * (relu(x_k W_key)² W_value)
 
-W_... are matrices, ..._w1 and ..._w2 are pairs of low rank (time_maa_w2 has one for each m), the
-rest are vectors, written as rows and multiplied channel by channel (time_maa: 1 - time_mix of older
-RWKVs). RWKV: receptance (the query), w (the log of the decay), key, value. What differs from GPT-2:
+W_... are matrices, ..._w1 and ..._w2 pairs of low rank (five in time_maa), the rest vectors,
+written as rows and multiplied channel by channel. The name: receptance (the query), w (the log of
+the decay), key, value. What differs from GPT-2:
 
 * no attention: each head sums up its past in a matrix S of keys by values, which the query r reads.
   No positions, no limit to the context, and the millionth token costs what the tenth did;
@@ -31,7 +31,7 @@ RWKVs). RWKV: receptance (the query), w (the log of the decay), key, value. What
 * the decay e^w of each row of S and, in time mixing, the shares of the token shift are computed
   from the token itself. This is new in RWKV-6: what it reads decides what it forgets;
 * the MLP is a squared ReLU behind a gate; the only biases are those of norms; the embedding is
-  normed at once, and the head is a matrix of its own.
+  normed first, and the head is a matrix of its own.
 
     B batch   T time   C channels (n_embd)   H heads   D head size   L layers   V vocabulary
 
@@ -73,8 +73,8 @@ class RWKV6Config:
     n_layer: int = 24
     head_size: int = 64
     dim_ffn: int = 7168
-    mix_lora: int = 32                       # rank of maa_w1 and maa_w2, which make the shares
-    decay_lora: int = 64                     # rank of decay_w1 and decay_w2
+    mix_lora: int = 32                       # rank of time_maa_w1 and time_maa_w2
+    decay_lora: int = 64                     # rank of time_decay_w1 and time_decay_w2
     group_norm_eps: float = 64e-5            # as the authors: y / 8 is normed with 1e-5
     tuned_state: bool = False                # has att.time_state: a trained S to begin with
     bos_token_id: int | None = None
@@ -139,11 +139,11 @@ def wkv6_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
 
 def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
          S0: Tensor) -> tuple[Tensor, Tensor]:
-    """The same as `wkv6_loop` by matrix products, in fp32 (or fp64) like all official kernels: in
-    bf16, what a long memory adds up would be lost."""
+    """The same as `wkv6_loop` by matrix products, in fp32 (or fp64) like all official kernels: bf16
+    would round away what a long memory adds up."""
     dtype = torch.promote_types(r.dtype, torch.float32)
     r, k, v, w, u, S = (x.to(dtype) for x in (r, k, v, w, u, S0))
-    with torch.autocast("cpu" if r.is_meta else r.device.type, enabled=False):  # none on meta
+    with torch.autocast("cpu" if r.is_meta else r.device.type, enabled=False):  # meta has none
         if r.shape[2] > 1:
             return wkv6_chunks(r, k, v, w, u, S)
         new = k.mT @ v                                                  # (B, H, D, D)
@@ -151,8 +151,8 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
 
 
 def wkv6_chunks(r, k, v, w, u, S):
-    """`wkv6` for any T, in T / 64 steps of matrix products instead of T. The tokens of one chunk
-    read each other by a matrix A, and what was before through S.
+    """`wkv6` for any T: after 6 joins for all at once, T / 64 steps instead of T. Tokens of one
+    chunk read each other by a matrix A, and what was before through S.
 
     A[t, s] is the weight of token s in y_t. It begins as the diagonal, with the bonus; then blocks
     of h tokens are joined in pairs to blocks of 2 h. A digit is the step that fills the place:
@@ -305,7 +305,7 @@ class RWKV6(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i == 0) for i in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if not self.head.weight.is_meta:     # there, the first draw takes seconds
+        if not self.head.weight.is_meta:     # on meta, drawing takes seconds
             self.initialise()
 
     @torch.no_grad()
@@ -341,10 +341,8 @@ class RWKV6(nn.Module):
                 nn.init.orthogonal_(matrix.weight, gain)
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        """(B, T) tokens -> (B, T, C) after the final norm.
-
-        With a state, the tokens continue the sequence that it has seen, and it advances by T.
-        """
+        """(B, T) tokens -> (B, T, C) after the final norm. With a state, the tokens continue the
+        sequence that it has seen, and it advances by T."""
         if state is not None and len(state.position) != len(tokens):
             raise ValueError(f"{len(tokens)} rows of tokens, but a state of {len(state.position)}")
         x = self.emb(tokens)                                            # (B, T, C)
@@ -374,7 +372,7 @@ class RWKV6(nn.Module):
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Every parameter once, in groups for torch.optim.AdamW. As the authors have it, matrices
-        (not the LoRAs) and a tuned state decay, and time_decay learns twice as fast.
+        (not those of low rank) and a tuned state decay, and time_decay learns twice as fast.
 
         Two keys are for train.py, AdamW ignores them: `lr_scale`, the authors' factor of the
         learning rate, and `hidden_matrix`, true for the 2-D matrices inside the blocks.
@@ -448,7 +446,7 @@ class RWKV6(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that have ended are fed too, inside the cache
+                if active:                   # ended rows are fed too, but inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:

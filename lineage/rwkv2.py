@@ -18,16 +18,16 @@ The whole forward pass. Each block norms the residual stream x (T, C) and adds t
         z = mix x + (1 - mix) x'                        mix = time_mix: (C,)
         k, v, r = min(z W_key, 60), z W_value, z W_receptance
         y_t = (Σ_{s<t} e^(k_s + (t-1-s) w) v_s + e^(k_t + u) v_t) / (the same without v, + ε)
-        return (σ(r) y) W_output                        w = -e^time_decay, u = time_first: (C,)
+        return (σ(r) * y) W_output                      w = -e^time_decay, u = time_first: (C,)
     channel_mix(x), z as above with a mix of its own:
-        return σ(z W_receptance) (relu(z W_key)² W_value)
+        return σ(z W_receptance) * (relu(z W_key)² W_value)
 
 W_... are matrices, the rest vectors, multiplied channel by channel; the name is that of four of
 them: receptance (a gate), w (the log of the decay), key and value. Token s weighs e^(k_s), times
-e^w for each step since; the current one has the bonus u. Beyond 60, e^k could overflow; ε prevents
-0 / 0. Also different from GPT-2: the matrices read a blend of this token and the one before ("token
-shift"), the residual stream itself is normed, not what is read from it, the MLP is a squared ReLU
-behind a gate, only norms have biases, and the head is a matrix of its own.
+e^w for each token between; the current one has the bonus u. Beyond 60, e^k could overflow; ε is
+against 0 / 0. Also different from GPT-2: the matrices read a blend of this token and the one before
+("token shift"), the residual stream itself is normed, not what is read from it, the MLP is a
+squared ReLU behind a gate, only norms have biases, and the head is a matrix of its own.
 
 headQK, an option that the first published model has, helps to copy names: with h = ln_out(x), it
 adds head_q(h_t) · head_k(h_s) / D, at position t, to the logit of the token that stands at s <= t.
@@ -249,7 +249,7 @@ class RWKV2(nn.Module):
         if config.head_qk:
             self.head_q = nn.Linear(config.n_embd, config.head_qk, bias=False)
             self.head_k = nn.Linear(config.n_embd, config.head_qk, bias=False)
-        if not self.head.weight.is_meta:     # there, the first draw takes seconds
+        if not self.head.weight.is_meta:     # on meta, drawing takes seconds
             self.initialise()
 
     @torch.no_grad()
@@ -420,7 +420,7 @@ class RWKV2(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that have ended are fed too, inside the cache
+                if active:                   # ended rows are fed too, but inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:

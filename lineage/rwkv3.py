@@ -17,12 +17,12 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
         x_k = mix_k x + (1 - mix_k) x'                  mix_k = time_mix_k; likewise x_v, x_r
         k, v, r = min(x_k W_key, 60), x_v W_value, x_r W_receptance
         y_t = (Σ_{s<t} e^(k_s + (t-1-s) w) v_s + e^(k_t + u) v_t) / (the same without v, + ε)
-        return (σ(r) y) W_output                        w = -e^time_decay, u = time_first: (C,)
+        return (σ(r) * y) W_output                      w = -e^time_decay, u = time_first: (C,)
     channel_mix(x), with x_k and x_r as above:
-        return σ(x_r W_receptance) (relu(x_k W_key)² W_value)
+        return σ(x_r W_receptance) * (relu(x_k W_key)² W_value)
 
 W_... are matrices, the rest vectors, multiplied channel by channel. So y_t is a weighted mean of
-the values so far, in each channel: token s weighs e^(k_s), times e^w for each step since; the
+the values so far, in each channel: token s weighs e^(k_s), times e^w for each token between; the
 current one has the bonus u. Beyond 60, e^k could overflow; ε prevents 0 / 0. All there is to
 remember are x' and two sums: trained in parallel, the model runs as an RNN.
 
@@ -249,7 +249,7 @@ class RWKV3(nn.Module):
         if config.head_qk:
             self.head_q = nn.Linear(config.n_embd, config.head_qk, bias=False)
             self.head_k = nn.Linear(config.n_embd, config.head_qk, bias=False)
-        if not self.head.weight.is_meta:     # there, the first draw takes seconds
+        if not self.head.weight.is_meta:     # on meta, drawing takes seconds
             self.initialise()
 
     @torch.no_grad()
@@ -420,7 +420,7 @@ class RWKV3(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that have ended are fed too, inside the cache
+                if active:                   # ended rows are fed too, but inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:

@@ -1,8 +1,8 @@
 """RWKV-4 in one file: RWKV-3 whose weighted mean is exact for every key.
 
 RWKV-3 cut keys off at 60, since e^k overflows, and added a small ε to the denominator, which pulls
-y to 0 where every k is low. RWKV-4 has neither: it keeps both sums divided by e^o, o their largest
-exponent, max over s of k_s + (t - s) w, a third vector to remember. Besides, training pulls the
+y to 0 where every k is low. RWKV-4 has neither: it keeps both sums divided by e^o, o being their
+largest exponent, max_s k_s + (t - s) w, and a third vector to remember. Besides, training pulls the
 largest logit of each position towards 0 ("L2Wrap"), so that logits do not drift out of the range of
 fp16, and decay and bonus learn two and three times as fast as the rest. Models of 0.2 to 14 billion
 parameters were trained.
@@ -19,12 +19,12 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
         x_k = mix_k x + (1 - mix_k) x'                  mix_k = time_mix_k; likewise x_v, x_r
         k, v, r = x_k W_key, x_v W_value, x_r W_receptance
         y_t = (Σ_{s<t} e^(k_s + (t-1-s) w) v_s + e^(k_t + u) v_t) / (the same without v)
-        return (σ(r) y) W_output                        w = -e^time_decay, u = time_first: (C,)
+        return (σ(r) * y) W_output                      w = -e^time_decay, u = time_first: (C,)
     channel_mix(x), with x_k and x_r as above:
-        return σ(x_r W_receptance) (relu(x_k W_key)² W_value)
+        return σ(x_r W_receptance) * (relu(x_k W_key)² W_value)
 
 W_... are matrices, the rest vectors, multiplied channel by channel. So y_t is a weighted mean of
-the values so far, in each channel: token s weighs e^(k_s), times e^w for each step since; the
+the values so far, in each channel: token s weighs e^(k_s), times e^w for each token between; the
 current one has the bonus u. All there is to remember are x' and the two sums with their o: trained
 in parallel like a Transformer, the model runs as an RNN, and a token costs the same after ten
 tokens as after a million.
@@ -116,7 +116,7 @@ def wkv4_loop(k: Tensor, v: Tensor, w: Tensor, u: Tensor, S0: Tensor) -> tuple[T
     w <= 0, the log of the decay, and u, the bonus of the current token: (C,). S0: (B, 3, C), the
     state to begin with. Returns y: (B, T, C) and the state after the last token. It holds p and q,
     the sums with and without v, both divided by e^o, o the largest exponent in them: dividing both
-    by the same number does not change y, and no exponent below is above 0, so nothing overflows.
+    by one number does not change y, and no exponent in the code is above 0: nothing overflows.
     """
     (p, q, o), y = S0.unbind(1), []
     for t in range(k.shape[1]):
@@ -160,7 +160,7 @@ def highest(o: Tensor, w: Tensor) -> Tensor:
 
 
 def sums(x: Tensor, decay: Tensor) -> Tensor:
-    """x_t <- x_t + decay_t x_{t-1} along (B, T, 2, C), in log T steps.
+    """x_t <- x_t + decay_t x_{t-1} in turn along (B, T, 2, C), in 2 log T steps.
 
     Two neighbours are one step with the product of their decays. So half as many steps, done the
     same way, give every second result; one more step from each gives those in between.
@@ -265,7 +265,7 @@ class RWKV4(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i == 0) for i in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if not self.head.weight.is_meta:     # there, the first draw takes seconds
+        if not self.head.weight.is_meta:     # on meta, drawing takes seconds
             self.initialise()
 
     @torch.no_grad()
@@ -295,10 +295,8 @@ class RWKV4(nn.Module):
                 nn.init.orthogonal_(matrix.weight, gain=max(rows / columns, 1) ** 0.5)
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        """(B, T) tokens -> (B, T, C) after the final norm.
-
-        With a state, the tokens continue the sequence that it has seen, and it advances by T.
-        """
+        """(B, T) tokens -> (B, T, C) after the final norm. With a state, the tokens continue the
+        sequence that it has seen, and it advances by T."""
         if state is not None and len(state.position) != len(tokens):
             raise ValueError(f"{len(tokens)} rows of tokens, but a state of {len(state.position)}")
         x = self.emb(tokens)                                            # (B, T, C)
@@ -326,11 +324,9 @@ class RWKV4(nn.Module):
         return State(like.new_zeros(batch_size, dtype=torch.int64), last, last.clone(), wkv)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay.
-
-        Two keys are for train.py, AdamW ignores them: `lr_scale`, the authors' factor of the
-        learning rate, and `hidden_matrix`, true for the 2-D matrices inside the blocks.
-        """
+        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay. AdamW ignores
+        two keys, which train.py reads: `lr_scale`, the authors' factor of the learning rate, and
+        `hidden_matrix`, true for the 2-D matrices inside the blocks (for optimisers like Muon)."""
         groups = {}
         for name, p in self.named_parameters():
             matrix = name.endswith(".weight") and p.dim() == 2
@@ -398,7 +394,7 @@ class RWKV4(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that have ended are fed too, inside the cache
+                if active:                   # ended rows are fed too, but inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:

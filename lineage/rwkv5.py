@@ -20,9 +20,9 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
         split into H heads of D channels; in each, from S = 0, a (D, D) matrix of keys by values:
             y_t = r_t (S + diag(u) k_tᵀ v_t)            read; u = time_faaaa
             S <- diag(e^w) S + k_tᵀ v_t                 remember; w = -e^time_decay
-        return (ln_x(y) silu(x_g W_gate)) W_output      ln_x: each head normed by itself
+        return (ln_x(y) * silu(x_g W_gate)) W_output    ln_x: each head normed by itself
     channel_mix(x), with x_k and x_r as above:
-        return σ(x_r W_receptance) (relu(x_k W_key)² W_value)
+        return σ(x_r W_receptance) * (relu(x_k W_key)² W_value)
 
 W_... are matrices, the rest vectors, written as rows and multiplied channel by channel. Each row
 of S, a channel of the key, fades at its own rate; the current token has the bonus u. Trained in
@@ -133,11 +133,11 @@ def wkv5_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
 
 def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
          S0: Tensor) -> tuple[Tensor, Tensor]:
-    """The same as `wkv5_loop` by matrix products, in fp32 (or fp64) like all official kernels: in
-    bf16, what a long memory adds up would be lost."""
+    """The same as `wkv5_loop` by matrix products, in fp32 (or fp64) like all official kernels: bf16
+    would round away what a long memory adds up."""
     dtype = torch.promote_types(r.dtype, torch.float32)
     r, k, v, w, u, S = (x.to(dtype) for x in (r, k, v, w, u, S0))
-    with torch.autocast("cpu" if r.is_meta else r.device.type, enabled=False):  # none on meta
+    with torch.autocast("cpu" if r.is_meta else r.device.type, enabled=False):  # meta has none
         if r.shape[2] > 1:
             return wkv5_chunks(r, k, v, w, u, S)
         new = k.mT @ v                                                  # (B, H, D, D)
@@ -288,7 +288,7 @@ class RWKV5(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i == 0) for i in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if not self.head.weight.is_meta:     # there, the first draw takes seconds
+        if not self.head.weight.is_meta:     # on meta, drawing takes seconds
             self.initialise()
 
     @torch.no_grad()
@@ -326,10 +326,8 @@ class RWKV5(nn.Module):
                 nn.init.orthogonal_(matrix.weight, gain)
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        """(B, T) tokens -> (B, T, C) after the final norm.
-
-        With a state, the tokens continue the sequence that it has seen, and it advances by T.
-        """
+        """(B, T) tokens -> (B, T, C) after the final norm. With a state, the tokens continue the
+        sequence that it has seen, and it advances by T."""
         if state is not None and len(state.position) != len(tokens):
             raise ValueError(f"{len(tokens)} rows of tokens, but a state of {len(state.position)}")
         x = self.emb(tokens)                                            # (B, T, C)
@@ -358,11 +356,9 @@ class RWKV5(nn.Module):
         return State(like.new_zeros(batch_size, dtype=torch.int64), last, last.clone(), wkv)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay.
-
-        Two keys are for train.py, AdamW ignores them: `lr_scale`, the authors' factor of the
-        learning rate, and `hidden_matrix`, true for the 2-D matrices inside the blocks.
-        """
+        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay. AdamW ignores
+        two keys, which train.py reads: `lr_scale`, the authors' factor of the learning rate, and
+        `hidden_matrix`, true for the 2-D matrices inside the blocks (for optimisers like Muon)."""
         groups = {}
         for name, p in self.named_parameters():
             matrix = name.endswith(".weight") and p.dim() == 2
@@ -430,7 +426,7 @@ class RWKV5(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that have ended are fed too, inside the cache
+                if active:                   # ended rows are fed too, but inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
