@@ -544,7 +544,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 
 def read_pth(path: Path) -> tuple[RWKV6Config, dict[str, Tensor]]:
     """(config, tensors) of a .pth, or of the one in a folder. config.json beside it is optional."""
-    files = sorted(path.glob("*.pth")) if path.is_dir() else [path]
+    files = (sorted(path.glob("*.pth")) or [path / "model.pth"]) if path.is_dir() else [path]
     if len(files) != 1:
         raise ValueError(f"{path} holds {[file.name for file in files]}: pass the path of one .pth")
     tensors = torch.load(files[0], map_location="cpu", weights_only=True,
