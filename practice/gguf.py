@@ -87,7 +87,8 @@ def tensors(model):
         if kind == "Llama3" and ("q_proj" in name or "k_proj" in name):
             heads = tensor.unflatten(0, (-1, 2, c.head_dim // 2))       # (H, 2, D/2, C)
             tensor = heads.transpose(1, 2).flatten(0, 2)
-        yield f"transformer.{name}" if kind == "GPT" else name, tensor
+        inside = kind == "GPT" and name != "lm_head.weight"
+        yield f"transformer.{name}" if inside else name, tensor
         bias = name.removesuffix("weight") + "bias"
         if kind == "GPT" and not c.bias and bias != name and name[:2] in ("h.", "ln"):
             yield f"transformer.{bias}", tensor.new_zeros(len(tensor))

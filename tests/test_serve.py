@@ -3,6 +3,7 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -310,6 +311,123 @@ def test_the_page_is_one_file_that_asks_no_other_site(talks):
     assert "</html>" in page and "http://" not in page and "https://" not in page
     assert "innerHTML" not in page              # what a model writes is text
     connection.close()
+
+
+class Browser:
+    """A headless Chromium, told what to do through two pipes in the DevTools protocol."""
+
+    def __init__(self, program, profile):
+        reads, self.writer = os.pipe()
+        self.reader, writes = os.pipe()
+
+        def connect():                          # Chromium reads from 3 and writes to 4
+            os.dup2(os.dup(reads), 3)
+            os.dup2(os.dup(writes), 4)
+        self.process = subprocess.Popen(
+            [program, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
+             f"--user-data-dir={profile}", "--window-size=1000,700", "about:blank"],
+            preexec_fn=connect, close_fds=False, stderr=subprocess.DEVNULL)
+        os.close(reads)
+        os.close(writes)
+        self.number, self.session, self.rest = 0, None, b""
+        [page] = [target for target in self.do("Target.getTargets")["targetInfos"]
+                  if target["type"] == "page"]
+        self.session = self.do("Target.attachToTarget", targetId=page["targetId"],
+                               flatten=True)["sessionId"]
+
+    def do(self, method, **params):
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params}
+        message |= {"sessionId": self.session} if self.session else {}
+        os.write(self.writer, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                if not (data := os.read(self.reader, 1 << 16)):
+                    raise EOFError("Chromium has ended")
+                self.rest += data
+            line, _, self.rest = self.rest.partition(b"\0")
+            answer = json.loads(line)
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def run(self, script):
+        """The value of an expression in the page."""
+        answer = self.do("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def open(self, url):
+        self.do("Page.navigate", url=url)
+        eventually(lambda: self.run("document.title") not in ("", "A model to talk to"))
+
+    def type(self, text):
+        self.run("document.getElementById('input').focus()")
+        self.do("Input.insertText", text=text)
+        for kind in ("keyDown", "keyUp"):
+            self.do("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter",
+                    windowsVirtualKeyCode=13, text="\r" if kind == "keyDown" else "")
+
+    def texts(self, selector):
+        return self.run(f"[...document.querySelectorAll({selector!r})].map(e => e.textContent)")
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(20)
+        os.close(self.reader)
+        os.close(self.writer)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not program or os.name == "nt":
+        pytest.skip("needs chromium")
+    browser = Browser(program, tmp_path)
+    yield browser
+    browser.close()
+
+
+@pytest.mark.slow
+def test_in_a_browser_one_talks_stops_and_finds_the_conversation_again(servers, browser):
+    talks, url = servers["talks"], f"http://127.0.0.1:{servers['talks'].port}/"
+    browser.open(url)
+    expected = talks.chat("Hello there!")[1]["choices"][0]["message"]["content"]
+    browser.type("Hello there!")
+    eventually(lambda: any("tokens" in note for note in browser.texts(".note")))
+    assert browser.texts(".message") == ["Hello there!", expected]
+    browser.type("<b>Bold?</b> `code`")         # code is marked, HTML is text
+    eventually(lambda: len(browser.texts(".note")) == 2 and "tokens" in browser.texts(".note")[1])
+    assert browser.texts(".user") == ["Hello there!", "<b>Bold?</b> code"]
+    assert browser.texts(".user code") == ["code"]
+    assert browser.run("document.querySelectorAll('#messages b').length") == 0
+    kept = browser.texts(".message")
+    browser.open(url)
+    browser.run("location.reload()")
+    eventually(lambda: browser.texts(".message") == kept)
+    talks.paused.clear()                        # who waits is told, and can stop
+    try:
+        browser.type("And now?")
+        eventually(lambda: any("reads" in note for note in browser.texts(".note")))
+        assert browser.texts("#send") == ["Stop"]
+        browser.run("document.getElementById('send').click()")
+        eventually(lambda: browser.texts("#send") == ["Send"])
+        assert "Stopped." in browser.texts(".note") and browser.texts("#settings[open]") == []
+    finally:
+        talks.paused.set()
+    eventually(lambda: not talks.desk.jobs)
+
+
+@pytest.mark.slow
+def test_in_a_browser_a_text_goes_on(servers, browser):
+    browser.open(f"http://127.0.0.1:{servers['plain'].port}/")
+    assert "completes text" in browser.texts("#about")[0]
+    browser.type("Hello")
+    eventually(lambda: any("tokens" in note for note in browser.texts(".note")))
+    first = browser.texts(".message")
+    assert first[0] == "Hello" and first[1]
+    browser.type("")                            # once more
+    eventually(lambda: len(browser.texts(".message")) == 3)
 
 
 # --- the queue ---
