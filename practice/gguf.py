@@ -20,6 +20,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from checkpoints import check_vocabulary, eos_tokens, is_out_of_memory, load_checkpoint
@@ -112,7 +113,6 @@ def rwkv6_tensors(stored: dict, layers: int):
             tensor = tensor.flatten()
         yield name, tensor
 
-
 # -------------------------------------------------------------------------------------- vocabulary
 
 
@@ -129,6 +129,7 @@ def vocabulary(tokenizer, size: int, kinds) -> tuple[dict, list[str]]:
     elif isinstance(tokenizer, ByteBPE):
         about["tokenizer_model"], about["tokenizer_pre"] = "gpt2", pre_tokenizer(tokenizer, notes)
         text = {id: "".join(map(STAND_IN.get, token)) for id, token in tokenizer._tokens.items()}
+        text |= {id: name for name, id in tokenizer.added.ids.items()}
         pairs = tokenizer._all_merges() if tokenizer._merges is None else tokenizer._merges
         about["token_merges"] = [" ".join("".join(map(STAND_IN.get, part)) for part in pair)
                                  for pair in ([] if isinstance(tokenizer, Bytes) else pairs)
@@ -137,14 +138,10 @@ def vocabulary(tokenizer, size: int, kinds) -> tuple[dict, list[str]]:
         raise ValueError(f"{type(tokenizer).__name__}: byte-level BPE and RWKV's World can be "
                          "converted; for published SentencePiece models take llama.cpp's "
                          "convert_hf_to_gguf.py")
-    added = tokenizer.added.tokens if tokenizer.special_ids else {}
-    text |= {token["id"]: name for name, token in added.items() if not isinstance(tokenizer, World)}
-    special = {0} if isinstance(tokenizer, World) else {*tokenizer.special_ids.values()}
-    user = {token["id"] for token in added.values()} - special
+    special, user = {*tokenizer.special_ids.values()}, {*tokenizer.added.ids.values()}
     about["token_list"] = [text.get(id, f"[PAD{id}]") for id in range(size)]
     about["token_types"] = [kinds.CONTROL if id in special else kinds.USER_DEFINED if id in user
-                            else kinds.NORMAL if id in text else kinds.UNUSED
-                            for id in range(size)]
+                            else kinds.NORMAL if id in text else kinds.UNUSED for id in range(size)]
     if len({*about["token_list"]}) < size:
         raise ValueError("two tokens of the vocabulary are written alike: llama.cpp needs different "
                          "ones")
@@ -191,62 +188,55 @@ def ends(tokenizer, notes: list[str]) -> dict:
         notes.append("added tokens with conditions are found without them there")
     return {name: value for name, value in about.items() if value is not None}
 
-
 # ------------------------------------------------------------------------------------------ a file
 
 
-def write(model, tokenizer, path: Path, kind: str | None = None, name: str = "") -> list[str]:
-    """Write a GGUF file; returns lines that say what is in it.
+def exported(model, gguf, architecture: str, kind: str):
+    """Yields (name, tensor, its type) as they are in the file: all but matrices is fp32 there."""
+    number = next(id for id, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(number, len(model.state_dict()))
+    for ours, tensor in tensors(model):
+        theirs = ours                        # of tensors that only llama.cpp has
+        if not ours.startswith(("blk.", "rope_freqs.")):
+            theirs = names.get_name(ours, (".weight", ".bias"))
+        if theirs is None:
+            raise ValueError(f"the package gguf has no name for {ours} of {architecture}")
+        matrix = tensor.dim() == 2 and ours.endswith(".weight") and "wpe" not in ours
+        yield (theirs if theirs.endswith((".weight", ".bias")) else f"{theirs}.weight", tensor,
+               gguf.GGMLQuantizationType[kind.upper() if matrix else "F32"])
 
-    kind: of TYPES, for the matrices; None: as the model has them. All else is fp32, as llama.cpp
-    needs it.
-    """
+
+def write(model, tokenizer, path: Path, kind: str | None = None, name: str = "") -> list[str]:
+    """Write a GGUF file; returns lines that say what is in it. kind: of TYPES, of the matrices;
+    None: as the model has them."""
     try:
         import gguf
     except ImportError:
         raise ImportError("a GGUF file needs the package: pip install gguf") from None
+    config, dtype = model.config, next(model.parameters()).dtype
+    kind = kind or next(short for short, known in TYPES.items() if known == dtype)
     architecture, settings = describe(model)
-    check_vocabulary(model.config, tokenizer)
-    about, notes = vocabulary(tokenizer, model.config.vocab_size, gguf.TokenType)
-    pad, eos = model.config.pad_token_id, eos_tokens(model.config)
-    about |= {} if pad is None else {"pad_token_id": pad}
-    about |= {} if "eos_token_id" in about or not eos else {"eos_token_id": min(eos)}
-    like = next(model.parameters()).dtype
-    kind = kind or next(short for short, dtype in TYPES.items() if dtype == like)
-    stored = gguf.GGMLQuantizationType[kind.upper()]
-    architecture_id = next(id for id, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
-    names = gguf.get_tensor_name_map(architecture_id, settings["block_count"])
-    part = path.with_name(path.name + ".part")
+    check_vocabulary(config, tokenizer)
+    about, notes = vocabulary(tokenizer, config.vocab_size, gguf.TokenType)
+    stated = {"pad_token_id": config.pad_token_id, "eos_token_id": min(eos_tokens(config), default=None)}
+    about = {key: value for key, value in stated.items() if value is not None} | about
+    part, count = path.with_name(path.name + ".part"), 0
     writer = gguf.GGUFWriter(part, architecture)
-    writer.add_name(name or path.stem)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
-    writer.add_vocab_size(model.config.vocab_size)
-    for what, value in (settings | about).items():
-        getattr(writer, f"add_{what}")(value)
-
-    def exported():
-        """Yields (name there, the tensor as it is stored there, its type)."""
-        for ours, tensor in tensors(model):
-            theirs = ours                    # of tensors that only llama.cpp has
-            if not ours.startswith(("blk.", "rope_freqs.")):
-                theirs = names.get_name(ours, (".weight", ".bias"))
-            if theirs is None:
-                raise ValueError(f"the package gguf has no name for {ours} of {architecture}")
-            theirs += "" if theirs.endswith((".weight", ".bias")) else ".weight"
-            matrix = tensor.dim() == 2 and ours.endswith(".weight") and "wpe" not in ours
-            yield theirs, tensor, stored if matrix else gguf.GGMLQuantizationType.F32
-    try:
-        count = 0
-        for theirs, tensor, type_ in exported():         # twice, so that copies do not add up
-            size = tensor.numel() * (4 if type_.name == "F32" else 2)
-            writer.add_tensor_info(theirs, tensor.shape, torch.empty(0).numpy().dtype, size, type_)
-            count += 1
+    for key, value in {"name": name or path.stem, "vocab_size": config.vocab_size, **settings,
+                       **about}.items():
+        getattr(writer, f"add_{key}")(value)
+    try:                                     # the tensors twice, so that copies do not add up
+        for count, (theirs, tensor, stored) in enumerate(
+                exported(model, gguf, architecture, kind), 1):
+            writer.add_tensor_info(theirs, tensor.shape, np.dtype("float32"), tensor.numel() * (
+                4 if stored.name == "F32" else 2), stored)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, tensor, type_ in exported():
-            tensor = tensor.to(TYPES[type_.name.lower()]).contiguous()
-            writer.write_tensor_data(tensor.view(torch.uint8 if tensor.dim() else None).numpy())
+        for _, tensor, stored in exported(model, gguf, architecture, kind):
+            data = tensor.to(TYPES[stored.name.lower()]).contiguous().view(torch.uint8)
+            writer.write_tensor_data(data.numpy())
         writer.close()
         os.replace(part, path)
     finally:
@@ -255,8 +245,10 @@ def write(model, tokenizer, path: Path, kind: str | None = None, name: str = "")
     return [f"model      {architecture}, {count} tensors, matrices in {kind}: {path}, "
             f"{gb(path.stat().st_size)}",
             f"tokenizer  {about['tokenizer_model']}, {about.get('tokenizer_pre', 'longest match')}, "
-            f"{model.config.vocab_size:,} tokens; {template}",
+            f"{config.vocab_size:,} tokens; {template}",
             *(f"differs    {note}" for note in notes)]
+
+# ----------------------------------------------------------------------------------- command line
 
 
 def parse(argv: list[str] | None):

@@ -1,10 +1,11 @@
 """practice/gguf.py: llama.cpp computes our logits and our tokens from a GGUF file."""
+import pickle
 import random
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_close, assert_one_line_error, continuation, run
+from helpers import assert_close, assert_one_line_error, continuation, run, run_here
 from test_chat import TEXT, make_tokenizer, write_world
 
 from checkpoints import load_checkpoint
@@ -13,7 +14,7 @@ from gpt import GPT, GPTConfig
 from llama3 import Llama3, Llama3Config
 from practice import gguf as ours
 from rwkv6 import RWKV6, RWKV6Config
-from tokenizer import GPT2_PATTERN, ByteBPE, Bytes, load_tokenizer, train_bpe
+from tokenizer import GPT2_PATTERN, ByteBPE, Bytes, Characters, load_tokenizer, train_bpe
 
 KINDS = {
     "gpt": lambda V: GPT(GPTConfig.sized(2, 64, V, 256)),
@@ -203,8 +204,7 @@ def test_vocabularies_that_llama_cpp_does_not_have_are_refused(golden):
     strange = train_bpe([TEXT], 300, pattern=r"\w+|\W+")
     with pytest.raises(ValueError, match="split patterns"):
         ours.vocabulary(strange, 400, gguf.TokenType)
-    characters = load_tokenizer.__globals__["Characters"](
-        __import__("pickle").dumps({"stoi": {"a": 0, "b": 1}}), "meta.pkl")
+    characters = Characters(pickle.dumps({"stoi": {"a": 0, "b": 1}}), "meta.pkl")
     with pytest.raises(ValueError, match="Characters"):
         ours.vocabulary(characters, 2, gguf.TokenType)
     twice = ByteBPE({bytes([n]): n for n in range(256)}, GPT2_PATTERN, {"a": 256}, 256)
@@ -227,8 +227,9 @@ def test_the_command_says_what_it_wrote_and_what_to_do_next(tmp_path, golden):
         expected = load_checkpoint(tmp_path / "run", "cpu")(torch.tensor([ids]))[0]
     assert_close(torch.tensor(theirs.scores[:50]), expected, TOLERANCE["gpt"])
     theirs.close()
-    assert_one_line_error(run("-m", "practice.gguf", tmp_path / "run", tmp_path / "run.gguf"),
-                          "practice.gguf", "exists")
-    assert_one_line_error(run("-m", "practice.gguf", tmp_path / "no", tmp_path / "b.gguf"),
-                          "practice.gguf", "does not exist")
+    for run_dir, out, words in (("run", "run.gguf", "exists: choose another name"),
+                                ("run", "run.bin", "ends in .gguf"), ("run", "no/a.gguf", "folder"),
+                                ("no", "b.gguf", "does not exist")):
+        assert_one_line_error(run_here(ours.main, tmp_path / run_dir, tmp_path / out),
+                              "practice.gguf", words)
     assert not [*tmp_path.glob("*.part")]
