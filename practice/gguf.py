@@ -1,4 +1,4 @@
-"""A run, or any checkpoint, as a GGUF file: for llama.cpp, and for Ollama and what else is built on it.
+"""A run, or any checkpoint, as a GGUF file: for llama.cpp, Ollama and what else is built on it.
 
     python -m practice.gguf out/llama3 out/llama3.gguf
 
@@ -28,8 +28,7 @@ from flags import Parser, complain, show_any_text
 from folder import Place, gb
 from llama3 import inverse_frequency
 from lora import load_merged
-from tokenizer import (GPT2_PATTERN, GPT4_PATTERN, LLAMA3_PATTERN, STAND_IN, ByteBPE, Bytes, World,
-                       find_template)
+from tokenizer import (GPT2_PATTERN, GPT4_PATTERN, LLAMA3_PATTERN, STAND_IN, ByteBPE, Bytes, World)
 
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -67,7 +66,7 @@ def describe(model) -> tuple[str, dict]:
             if getattr(c, name) != needed:
                 raise ValueError(f"llama.cpp's rwkv6 has {name} {needed}, this model "
                                  f"{getattr(c, name)}")
-        return "rwkv6", dict(context_length=1 << 20, embedding_length=c.n_embd,    # as its converter
+        return "rwkv6", dict(context_length=1 << 20, embedding_length=c.n_embd,   # it has no limit
                              block_count=c.n_layer, feed_forward_length=c.dim_ffn, head_count=0,
                              layer_norm_eps=1e-5, wkv_head_size=c.head_size,
                              time_mix_extra_dim=c.mix_lora, time_decay_extra_dim=c.decay_lora,
@@ -94,7 +93,8 @@ def tensors(model):
         if kind == "GPT" and not c.bias and bias != name and name[:2] in ("h.", "ln"):
             yield f"transformer.{bias}", tensor.new_zeros(len(tensor))
     if kind == "Llama3" and c.rope_factor != 1:              # what divides each frequency
-        yield "rope_freqs.weight", inverse_frequency(replace(c, rope_factor=1.0)) / inverse_frequency(c)
+        unscaled = inverse_frequency(replace(c, rope_factor=1.0))
+        yield "rope_freqs.weight", unscaled / inverse_frequency(c)
 
 
 def rwkv6_tensors(stored: dict, layers: int):
@@ -143,8 +143,7 @@ def vocabulary(tokenizer, size: int, kinds) -> tuple[dict, list[str]]:
     about["token_types"] = [kinds.CONTROL if id in special else kinds.USER_DEFINED if id in user
                             else kinds.NORMAL if id in text else kinds.UNUSED for id in range(size)]
     if len({*about["token_list"]}) < size:
-        raise ValueError("two tokens of the vocabulary are written alike: llama.cpp needs different "
-                         "ones")
+        raise ValueError("two tokens of the vocabulary are written alike, which llama.cpp refuses")
     return about | ends(tokenizer, notes), notes
 
 
@@ -218,17 +217,18 @@ def write(model, tokenizer, path: Path, kind: str | None = None, name: str = "")
     architecture, settings = describe(model)
     check_vocabulary(config, tokenizer)
     about, notes = vocabulary(tokenizer, config.vocab_size, gguf.TokenType)
-    stated = {"pad_token_id": config.pad_token_id, "eos_token_id": min(eos_tokens(config), default=None)}
+    stated = {"pad_token_id": config.pad_token_id,
+              "eos_token_id": min(eos_tokens(config), default=None)}
     about = {key: value for key, value in stated.items() if value is not None} | about
-    part, count = path.with_name(path.name + ".part"), 0
+    part = path.with_name(path.name + ".part")
     writer = gguf.GGUFWriter(part, architecture)
-    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
-    for key, value in {"name": name or path.stem, "vocab_size": config.vocab_size, **settings,
+    of_all = "ALL" if kind == "f32" else "MOSTLY"
+    for key, value in {"file_type": gguf.LlamaFileType[f"{of_all}_{kind.upper()}"],
+                       "name": name or path.stem, "vocab_size": config.vocab_size, **settings,
                        **about}.items():
         getattr(writer, f"add_{key}")(value)
     try:                                     # the tensors twice, so that copies do not add up
-        for count, (theirs, tensor, stored) in enumerate(
-                exported(model, gguf, architecture, kind), 1):
+        for theirs, tensor, stored in exported(model, gguf, architecture, kind):
             writer.add_tensor_info(theirs, tensor.shape, np.dtype("float32"), tensor.numel() * (
                 4 if stored.name == "F32" else 2), stored)
         writer.write_header_to_file()
@@ -242,9 +242,8 @@ def write(model, tokenizer, path: Path, kind: str | None = None, name: str = "")
     finally:
         part.unlink(missing_ok=True)
     template = "with its chat template" if "chat_template" in about else "no chat template"
-    return [f"model      {architecture}, {count} tensors, matrices in {kind}: {path}, "
-            f"{gb(path.stat().st_size)}",
-            f"tokenizer  {about['tokenizer_model']}, {about.get('tokenizer_pre', 'longest match')}, "
+    return [f"model      {architecture}, matrices in {kind}: {path}, {gb(path.stat().st_size)}",
+            f"tokenizer  {about['tokenizer_model']}, split as {about.get('tokenizer_pre', 'World')}, "
             f"{config.vocab_size:,} tokens; {template}",
             *(f"differs    {note}" for note in notes)]
 
@@ -258,8 +257,8 @@ def parse(argv: list[str] | None):
     parser.add_argument("--type", choices=TYPES, help="of the matrices (without this flag: as they "
                         "are stored); llama.cpp's llama-quantize has smaller ones")
     parser.add_argument("--tokenizer", metavar="PATH", help="if it is not beside the weights")
-    parser.add_argument("--base", metavar="DIR", help="where an adapter's base is, if not where its "
-                        "config says")
+    parser.add_argument("--base", metavar="DIR", help="where an adapter's base is, if not where "
+                        "its config says")
     parser.set_defaults(chat=None, system=None)
     return parser.parse_args(argv)
 

@@ -142,7 +142,7 @@ def read_messages(asked: dict) -> list[dict]:
                 and isinstance(part.get("text"), str) for part in content):
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
-            raise Refused(400, f"message {n}: content must be text, or a list of parts of type text")
+            raise Refused(400, f"message {n}: content must be text, or parts of type text")
         role = "system" if message["role"] == "developer" else message["role"]
         kept = {key: value for key, value in message.items() if key not in ("ids", "name")}
         read.append({**kept, "role": role, "content": content})
