@@ -242,9 +242,10 @@ def write(model, tokenizer, path: Path, kind: str | None = None, name: str = "")
     finally:
         part.unlink(missing_ok=True)
     template = "with its chat template" if "chat_template" in about else "no chat template"
+    split = about.get("tokenizer_pre", "World")
     return [f"model      {architecture}, matrices in {kind}: {path}, {gb(path.stat().st_size)}",
-            f"tokenizer  {about['tokenizer_model']}, split as {about.get('tokenizer_pre', 'World')}, "
-            f"{config.vocab_size:,} tokens; {template}",
+            f"tokenizer  {about['tokenizer_model']}, split as {split}, {config.vocab_size:,} tokens; "
+            f"{template}",
             *(f"differs    {note}" for note in notes)]
 
 # ----------------------------------------------------------------------------------- command line
