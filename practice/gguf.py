@@ -240,6 +240,7 @@ def write(model, tokenizer, path: Path, kind: str | None = None, name: str = "")
         writer.close()
         os.replace(part, path)
     finally:
+        writer.close()
         part.unlink(missing_ok=True)
     template = "with its chat template" if "chat_template" in about else "no chat template"
     split = about.get("tokenizer_pre", "World")
