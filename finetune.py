@@ -280,6 +280,10 @@ class Task(nn.Module):
         """Note that a row gives no example."""
         self.notices[f"rows are left out: {why}"] += 1
 
+    def micro_batches(self, batches: Batches, step: int) -> list[dict[str, Tensor]]:
+        """What this process learns from in a step."""
+        return batches(step)
+
     def batches(self, examples: list[dict]):
         """Yield (examples, their batch on the device), as much at once as fits; on all of several
         processes as many, with no examples where one has only repeated a batch."""
@@ -581,6 +585,13 @@ class GRPO(Task):
                             different, len(made))
         return {n: total / sums[3] for n, total in zip(("reward", "length", "distinct"), sums)}
 
+    def micro_batches(self, batches: Batches, step: int) -> list[dict[str, Tensor]]:
+        """New completions, which serve --updates steps."""
+        now = step // self.settings.updates
+        if self.kept.get("round") != now:
+            self.kept.update(round=now, drawn=self.rollouts(batches.chosen(now), step))
+        return self.kept["drawn"]
+
     @torch.no_grad()
     def rollouts(self, prompts: list[dict], step: int) -> list[dict[str, Tensor]]:
         """Micro-batches of new completions, with their log-probabilities now and at the start."""
@@ -817,15 +828,6 @@ def finetune(settings: Settings, given: set[str]) -> None:
     optimizer, scaler = train.make_optimizer(task, settings.weight_decay), run.scaler()
     step, best = 0, {"step": 0, "done": 0.0, "measures": {}}
 
-    def micro_batches(step):
-        """GRPO draws its own; each round of them serves some steps."""
-        if settings.task != "grpo":
-            return batches(step)
-        now = step // settings.updates
-        if task.kept.get("round") != now:
-            task.kept.update(round=now, drawn=task.rollouts(batches.chosen(now), step))
-        return task.kept["drawn"]
-
     def publish_weights():
         with cluster.gathered(whole, task, run) as full:
             if run.rank == 0:
@@ -874,7 +876,7 @@ def finetune(settings: Settings, given: set[str]) -> None:
             run.log(step=0, **before)
     settings.out, loss = cluster.agree(run, settings.out), task
     if settings.compile != "off":            # else nothing is drawn before the loop
-        loss = train.compile_loss(settings.compile, run, task, micro_batches(step)[0])
+        loss = train.compile_loss(settings.compile, run, task, task.micro_batches(batches, step)[0])
     loss = cluster.overlapping(loss, run, settings.task == "classify")
     pace = train.Pace(settings, run, step)
     with train.Interrupt() as interrupt, saving():
@@ -882,8 +884,9 @@ def finetune(settings: Settings, given: set[str]) -> None:
             begun = time.perf_counter()
             torch.manual_seed(run.step_seed(settings.seed, step))
             lr = train.learning_rate(settings, step, pace.steps)
-            mean, norm, count = train.training_step(run, loss, optimizer, scaler,
-                                                    micro_batches(step), lr, settings.clip, nominal)
+            mean, norm, count = train.training_step(
+                run, loss, optimizer, scaler, task.micro_batches(batches, step), lr, settings.clip,
+                nominal)
             speed = count / (time.perf_counter() - begun)
             step += 1
             pace.after(step)

@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 def two_processes(*words) -> None:
     """Run a part of this file under torchrun."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-                           "29655", __file__, "--worker", *map(str, words)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           __file__, "--worker", *map(str, words)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     print(done.stdout, end="", flush=True)

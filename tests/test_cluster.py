@@ -22,10 +22,9 @@ SMALL = ["--layers", "2", "--width", "32", "--context", "32", "--tokens-per-step
          "--optimizer", "adamw", "--keep", "last", "--eval-tokens", "4096"]
 
 
-def torchrun(*arguments, processes=2, port=29600, **environment):
-    """Run a script on some processes of this machine."""
-    return run("-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", port,
-               *arguments, **environment)
+def torchrun(*arguments):
+    """Run a script in two processes on this machine."""
+    return run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +61,7 @@ def assert_same_weights(ours, theirs, tolerance=1e-3):
 def report(tmp_path_factory):
     """What tests/sharded.py says of each model."""
     folder = tmp_path_factory.mktemp("shards")
-    done = torchrun("tests/sharded.py", folder, port=29601)
+    done = torchrun("tests/sharded.py", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "report.json").read_text())
 
@@ -102,7 +101,7 @@ def test_train_in_shards_equals_train_and_goes_on_on_another_number_of_processes
     begin = start(corpus, tmp_path / "begin", "--steps", 1)
     more = ["--data", str(corpus), "--init-from", str(begin), *SMALL[4:8], *SMALL[10:]]
     train.main([*more, "--out", str(tmp_path / "one")])
-    done = torchrun("train.py", *more, "--shard", "--out", tmp_path / "two", port=29602)
+    done = torchrun("train.py", *more, "--shard", "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert_same_weights(tmp_path / "two", tmp_path / "one")
@@ -142,8 +141,7 @@ def test_finetune_in_shards_equals_finetune(corpus, tmp_path, task):
              "--lora", "2", "--micro-batch", "1", "--device", "cpu", "--dtype", "float32", "--keep", "last",
              "--context", "192", "--samples", "1", "--max-new-tokens", "4"]
     finetune.main([*map(str, flags), "--out", str(tmp_path / "one")])
-    done = torchrun("finetune.py", *flags, "--shard", "--out", tmp_path / "two",
-                    port=29603 + len(task))
+    done = torchrun("finetune.py", *flags, "--shard", "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     from safetensors.torch import load_file
@@ -183,10 +181,9 @@ train.main()
 def test_a_run_goes_on_after_one_of_two_processes_was_killed(corpus, tmp_path, shard):
     flags = [*SMALL, "--data", corpus, "--save-minutes", "0", *shard]
     (tmp_path / "killed.py").write_text(KILLED.format(root=str(ROOT)))
-    done = torchrun("--max-restarts", "1", tmp_path / "killed.py", *flags, "--out", tmp_path / "cut",
-                    port=29610)
+    done = torchrun("--max-restarts", "1", tmp_path / "killed.py", *flags, "--out", tmp_path / "cut")
     assert done.returncode == 0, done.stderr[-3000:]
-    whole = torchrun("train.py", *flags, "--out", tmp_path / "whole", port=29611)
+    whole = torchrun("train.py", *flags, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr[-3000:]
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")       # each step once, from step 5 on resumed
     assert_same_weights(tmp_path / "cut", tmp_path / "whole", 1e-6)
