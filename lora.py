@@ -258,6 +258,7 @@ def to_ours(model, name: str, tensor, half: str | None):
     """Yield (our name, our tensor) of transformers' or a remote code's; half: "A" or "B", of the
     layer `name`; None: the whole parameter `name`."""
     if type(model).__name__ == "GLM4":       # query_key_value: q, k and v share A, and divide B
+        name = re.sub(r"^(model|transformer)\.", "", name)              # as read_tensors does
         for ours, part in glm4.to_ours([(name, tensor)], model.config):
             yield ours, tensor if half == "A" else part
     elif type(model).__name__ == "GPT":
