@@ -148,8 +148,10 @@ def lora(folder: Path, base: str) -> None:
     """Peak memory of finetune.py with --lora 8, from its log."""
     rows = [{"prompt": f"{i}?", "completion": "a long answer, " * 60} for i in range(24)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "val.jsonl").write_text(json.dumps({"prompt": "?", "completion": "!"}) + "\n")  # to save time
     out = folder / f"run-{base}"
     words = ["finetune.py", "--task", "sft", "--init-from", folder, "--data", folder / "rows.jsonl", "--lora", "8",
+             "--val", folder / "val.jsonl",
              "--base-dtype", base, "--context", "512", "--batch", "1", "--micro-batch", "1", "--steps", "1",
              "--eval-examples", "1", "--samples", "0", "--device", "cpu", "--keep", "last", "--save-minutes", "99",
              "--out", out]
