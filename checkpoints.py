@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 import tokenizer as text
+from hub import locate
 from tokenizer import read_json
 
 MODELS = {"gpt": ("gpt", "GPT"), "llama3": ("llama3", "Llama3"), "glm4": ("glm4", "GLM4"),
@@ -173,18 +174,8 @@ def identify(path: Path) -> str:
     return found
 
 
-def locate(path: str | Path) -> Path:
-    """A folder or file as it is; a repository's id, as openai-community/gpt2: where it lies."""
-    path = Path(path)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):
-        with contextlib.suppress(ImportError):          # without the package it is a missing folder
-            from huggingface_hub import snapshot_download
-            return Path(snapshot_download(path.as_posix()))
-    return path
-
-
 def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrides):
-    """The model in a checkpoint, whichever of ours it is: a folder, a file or a repository's id.
+    """The model in a checkpoint, whichever of ours it is: a folder, a file or a name (hub.py).
 
     overrides: config fields that the file states wrongly. Whatever is wrong with the checkpoint is
     a ValueError or OSError of one line; running out of memory passes.

@@ -41,10 +41,11 @@ from torch.utils.checkpoint import checkpoint
 import data
 import tokenizer as text
 from checkpoints import (MODELS, can_draw, check_vocabulary, config_values, curve, draw_log,
-                         identify, is_out_of_memory, load_checkpoint, load_resume, locate,
+                         identify, is_out_of_memory, load_checkpoint, load_resume,
                          make_run_directory, measured, model_parts, publish, resume_settings,
                          save_resume, saved_tokenizer, write_settings, write_text)
 from flags import complain, flag, parse_settings, show_any_text
+from hub import locate
 from plan import (BYTES, EPOCHS, SHAPES, Shape, checkpoint_blocks, choose, peak_bytes, plan_memory,
                   smaller)
 from process import Interrupt, Pace, Run, clock, seconds_of, start_run

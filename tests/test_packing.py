@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import data
-from data import TextFile, held_out, open_tokens, pack, read_documents, sample, split_document
+from data import TextFile, held_out, open_tokens, pack, read_documents, split_document
 from tokenizer import Bytes, clean, load_tokenizer, train_bpe
 
 

@@ -1,6 +1,5 @@
 """rows.py: published shapes of rows, tables, what is counted, cut and refused; rewards."""
 import json
-from pathlib import Path
 
 import pytest
 from test_finetune import ALONE, QUICK, base, refused, rows_file, start, tiny  # noqa: F401  base is a fixture
