@@ -7,6 +7,7 @@
 Only what a model here reads is downloaded: configs, vocabulary, and the weights in one format. An
 interrupted download resumes. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured.
 """
+import contextlib
 import functools
 import re
 import shutil
@@ -28,8 +29,8 @@ def locate(path: str | Path, download: bool = True) -> Path:
     download=False asks nobody: the path stays a missing one, unless it was downloaded before.
     OSError or ValueError of one line.
     """
-    path = Path(path)
-    if not is_name(path):
+    name, path = str(path).replace("\\", "/"), Path(path)
+    if not is_name(name):
         return path
     try:
         import huggingface_hub  # noqa: F401
@@ -39,42 +40,40 @@ def locate(path: str | Path, download: bool = True) -> Path:
         raise FileNotFoundError(
             f"{path}: there is no such file or folder here; if it is a model to be downloaded: "
             "python -m pip install huggingface_hub, then the same command again") from None
-    found = fetch(path.as_posix(), download)
-    return found or path
+    owner, repository, *inside = name.split("/")
+    found = fetch if download else earlier
+    return found(f"{owner}/{repository}", "/".join(inside)) or path
 
 
-def is_name(path: Path) -> bool:
+def is_name(path: str) -> bool:
     """Whether a path may be owner/name[/inside]: not if its first folder is here."""
-    name = path.as_posix()
-    like_one = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", name)
-    return like_one is not None and not Path(path.parts[0]).exists()
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)+", path)
+                and not Path(path.partition("/")[0]).exists())
 
 
 @functools.cache
-def fetch(place: str, download: bool) -> Path | None:
-    """The local path of owner/name[/inside], downloaded or, if need be, from earlier."""
+def fetch(name: str, inside: str) -> Path:
+    """The local path of owner/name[/inside], downloaded where it is not yet."""
     from huggingface_hub import HfApi, snapshot_download
-    owner, repository, *rest = place.split("/")
-    name, inside = f"{owner}/{repository}", "/".join(rest)
     try:
-        if not download:
-            return earlier(name, inside)
         try:
             about = HfApi().model_info(name, files_metadata=True)
         except Exception as error:
             if is_network(error) and (found := earlier(name, inside)):
-                print(f"download   {told_network(error)}; {name} as it was downloaded before",
+                print(f"download   {told_network(error)}: {name} as it was downloaded before",
                       file=sys.stderr)
                 return found
             raise
         sizes = {file.rfilename: file.size or 0 for file in about.siblings}
         small, weights = wanted([*sizes], name, inside)
-        folder = Path(snapshot_download(name, revision=about.sha, allow_patterns=small))
-        check_config(folder / inside)
-        missing = [file for file in weights if not (folder / file).exists()]
-        if missing:
-            check_space(sum(sizes[file] for file in missing), len(missing), name, folder)
-            snapshot_download(name, revision=about.sha, allow_patterns=missing)
+        folder = snapshots(name) / about.sha
+        for files in (small, weights):       # the weights only of a model that is read here
+            missing = [file for file in files if not (folder / file).exists()]
+            if missing and files is weights:
+                check_space(sum(sizes[file] for file in missing), len(missing), name)
+            if missing:
+                snapshot_download(name, revision=about.sha, allow_patterns=missing)
+            check_config(folder / inside)
         return folder / inside
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command resumes the download") from None
@@ -83,6 +82,23 @@ def fetch(place: str, download: bool) -> Path | None:
         if told is None:
             raise
         raise OSError(told) from error
+
+
+def snapshots(name: str) -> Path:
+    """The folder in huggingface_hub's cache that has a folder for each revision of a repository."""
+    from huggingface_hub import constants
+    return Path(constants.HF_HUB_CACHE, "models--" + name.replace("/", "--"), "snapshots")
+
+
+def earlier(name: str, inside: str) -> Path | None:
+    """Where the last download lies, if there is one with weights; asks nobody."""
+    folders = sorted(snapshots(name).glob("*"), key=lambda folder: folder.stat().st_mtime)
+    for folder in folders[-1:]:
+        files = [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
+        with contextlib.suppress(ValueError):
+            wanted(files, name, inside)
+            return folder / inside
+    return None
 
 
 def wanted(files: list[str], name: str, inside: str) -> tuple[list[str], list[str]]:
@@ -110,30 +126,22 @@ def wanted(files: list[str], name: str, inside: str) -> tuple[list[str], list[st
 
 def check_config(folder: Path) -> None:
     """ValueError for a model that is not one of ours, before its weights are downloaded."""
-    from checkpoints import identify, readable              # here, for checkpoints imports this file
     if (folder / "config.json").exists():
+        from checkpoints import identify, readable          # here, as checkpoints imports this file
         with readable(folder):
             identify(folder)
 
 
-def check_space(size: int, count: int, name: str, folder: Path) -> None:
+def check_space(size: int, count: int, name: str) -> None:
     """Say what comes; ValueError if the disk has no room for it."""
-    free = shutil.disk_usage(folder).free
+    from huggingface_hub import constants
+    cache = Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(place for place in (cache, *cache.parents) if place.exists())).free
     if size > free:
         raise ValueError(f"{name} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in "
-                         f"{folder.parents[2]} (HF_HOME names another place)")
-    print(f"download   {name}: {size / 1e9:.2f} GB in {count} file{'s' * (count != 1)}, to "
-          f"{folder.parents[2]}", file=sys.stderr)
-
-
-def earlier(name: str, inside: str) -> Path | None:
-    """Where an earlier download lies, without asking anybody."""
-    from huggingface_hub import snapshot_download
-    try:
-        found = Path(snapshot_download(name, local_files_only=True)) / inside
-    except Exception:                       # each version has exceptions of its own for it
-        return None
-    return found if found.exists() else None
+                         f"{cache} (HF_HOME names another place)")
+    print(f"download   {name}: {size / 1e9:.2f} GB in {count} file{'s' * (count != 1)}, to {cache}",
+          file=sys.stderr)
 
 
 def is_network(error: Exception) -> bool:

@@ -154,7 +154,7 @@ def find_base(folder: Path, asked: str | None = None) -> Path:
         raise FileNotFoundError(
             f"--base {asked} does not exist" if asked else
             f"{folder} is an adapter of {stated}, which is not there: --base DIR names the place "
-            "where it is now" + (f", --base {stated} downloads it" if is_name(Path(stated)) else "")
+            "where it is now" + (f", --base {stated} downloads it" if is_name(stated) else "")
             if stated else
             f"{folder} is an adapter that does not say of what: --base DIR names its base")
     if adapter_folder(base):

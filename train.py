@@ -733,6 +733,7 @@ def train(settings: Settings, given: set[str]) -> None:
         run.say(f"run        {run.out}")
         write_settings(settings, run.out)
         tokenizer.save(run.out, model_max_length=config.context)
+        run.log(step=step, **rivals)
         can_draw()                           # now, because it takes a second or two
 
     def save():
@@ -822,13 +823,19 @@ def finish(settings: Settings, run: Run, step: int, measures: dict) -> None:
     if run.rank > 0:
         return
     losses = measured(run.out, "loss")
-    if losses and not (run.out / "loss.png").exists():
-        run.say(curve([*losses.values()]))
+    if (run.out / "loss.png").exists():
+        run.say(f"the curve is {run.out / 'loss.png'}, as matplotlib drew it")
+    elif losses:
+        run.say(curve([*losses.values()]) + "\nloss.png is drawn by matplotlib, which is not "
+                "installed: python -m pip install matplotlib, then python bench/plot.py "
+                f"{run.out}")
     run.say(f"\n{measures['bits_per_byte']:.3f} bits per byte of the held-out text, by the weights "
             f"of step {step}; gzip -9 needs {measures['gzip']:.3f}, xz -9e {measures['xz']:.3f}")
     run.say(f"{clock(time.time() - run.started)} in all, peak memory "
             f"{peak_bytes(run.device) / 2**30:.2f} GB. Talk to it:\n"
             f"python chat.py {run.out} --prompt {shlex.quote(settings.sample_prompt)}")
+    if not settings.data:
+        run.say("With your own text: python train.py --data FILE-OR-FOLDER ...")
 
 
 def main(argv: list[str] | None = None) -> None:
