@@ -64,9 +64,9 @@ def fetch(name: str, inside: str) -> Path:
                       file=sys.stderr)
                 return found
             raise
-        sizes = {file.rfilename: file.size or 0 for file in about.siblings}
+        sizes = {file.rfilename: file.size or 0 for file in about.siblings or []}
         small, weights = wanted([*sizes], name, inside)
-        folder = snapshots(name) / about.sha
+        folder = snapshots(name) / str(about.sha)
         for files in (small, weights):       # the weights only of a model that is read here
             missing = [file for file in files if not (folder / file).exists()]
             if missing and files is weights:

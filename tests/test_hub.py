@@ -10,9 +10,10 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-from helpers import assert_one_line_error, run
+from helpers import ROOT, assert_one_line_error, run
 
 import hub
+from checkpoints import MODELS, model_parts
 
 needs_hub = pytest.mark.skipif(not importlib.util.find_spec("huggingface_hub"),
                                reason="needs huggingface_hub")
@@ -211,3 +212,39 @@ def test_a_disk_without_room_is_said_before_the_download(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 8, 10**9))
     with pytest.raises(ValueError, match=r"needs 2.50 GB, and 1.00 GB are free in .*HF_HOME"):
         hub.check_space(2_500_000_000, 1, "a/b")
+
+
+def gigabytes(model, size):
+    """(stored, in bf16, in int8, in int4) of a published size: what practice/fast.py makes of it."""
+    model_class, _, sizes = model_parts(model)
+    with torch.device("meta"):
+        built = model_class(sizes[size])
+    stored = sum(p.numel() for p in built.parameters()) * (4 if model == "gpt" else 2)
+    if model == "gpt":                       # its files hold the masks too
+        stored += 4 * sizes[size].n_layer * sizes[size].n_positions ** 2
+    linears = [module for module in built.modules() if type(module) is torch.nn.Linear]
+    inside = {id(module.weight) for module in linears if module.weight is not table(built)}
+    rest = sum(2 * p.numel() for p in built.parameters() if id(p) not in inside)
+    int8 = sum(m.out_features * (m.in_features + 2) for m in linears)
+    int4 = sum(m.out_features * m.in_features * (1 / 2 + 4 / 32) for m in linears)
+    return stored, sum(2 * p.numel() for p in built.parameters()), rest + int8, rest + int4
+
+
+def table(model):
+    """The embedding's weight, which stays as it is where a tied head is quantised."""
+    return next(m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding))
+
+
+def written(size):
+    return f"{size / 1e9:.1f}" if size >= 1e9 else f"{size / 1e9:.2f}"
+
+
+def test_readme_states_the_sizes_of_published_weights():
+    rows = re.findall(r"^\| `(\w+)` ([\w.-]+) \| (.*?) \| ([\d. |]+) \|$",
+                      (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) > 30
+    for model, size, _, numbers in rows:
+        assert numbers.split(" | ") == [*map(written, gigabytes(model, size))], (model, size)
+    named = {(model, size) for model, size, *_ in rows}
+    assert named == {(model, size) for model in MODELS for size in model_parts(model)[2]
+                     if size != "enwik8"}    # not on the hub
