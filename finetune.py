@@ -903,6 +903,9 @@ def finetune(settings: Settings, given: set[str]) -> None:
         use = f"python finetune.py --merge --init-from {settings.out} --out NEW"
     run.say(f"{train.clock(time.time() - run.started)} in all, peak memory "
             f"{train.peak_bytes(run.device) / 2**30:.2f} GB. Use it:  {use}")
+    if not settings.data:
+        run.say(f"With your own examples: python finetune.py --task {settings.task} --init-from "
+                f"{settings.init_from} --data FILE ...")
 
 
 def better(measures: dict, than: dict) -> bool:

@@ -127,7 +127,7 @@ def wanted(files: list[str], name: str, inside: str) -> tuple[list[str], list[st
 def check_config(folder: Path) -> None:
     """ValueError for a model that is not one of ours, before its weights are downloaded."""
     if (folder / "config.json").exists():
-        from checkpoints import identify, readable          # here, as checkpoints imports this file
+        from checkpoints import identify, readable      # here, as checkpoints imports this file
         with readable(folder):
             identify(folder)
 
@@ -136,7 +136,8 @@ def check_space(size: int, count: int, name: str) -> None:
     """Say what comes; ValueError if the disk has no room for it."""
     from huggingface_hub import constants
     cache = Path(constants.HF_HUB_CACHE)
-    free = shutil.disk_usage(next(place for place in (cache, *cache.parents) if place.exists())).free
+    there = next(place for place in (cache, *cache.parents) if place.exists())
+    free = shutil.disk_usage(there).free
     if size > free:
         raise ValueError(f"{name} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in "
                          f"{cache} (HF_HOME names another place)")
@@ -145,7 +146,8 @@ def check_space(size: int, count: int, name: str) -> None:
 
 
 def is_network(error: Exception) -> bool:
-    """Whether nobody answered. huggingface_hub has had three HTTP libraries, with own exceptions."""
+    """Whether nobody answered: huggingface_hub has had three HTTP libraries, each with its own
+    exceptions."""
     from huggingface_hub.utils import HfHubHTTPError, LocalEntryNotFoundError
     if isinstance(error, LocalEntryNotFoundError):
         return True
@@ -179,8 +181,8 @@ def told_error(error: Exception, name: str) -> str | None:
         return (f"{name}: no such file or folder here, and no model of this name on "
                 f"{constants.ENDPOINT}; if it is a private one: {login}")
     if isinstance(error, RepositoryNotFoundError):
-        return (f"{name}: no such file or folder here, and on {constants.ENDPOINT} no model of this "
-                "name that the account of your token may see")
+        return (f"{name}: no such file or folder here, and on {constants.ENDPOINT} no model of "
+                "this name that the account of your token may see")
     if isinstance(error, HfHubHTTPError) and status == 401:
         return f"{name}: your token is not valid on {constants.ENDPOINT}: {login}"
     if isinstance(error, HfHubHTTPError):

@@ -25,7 +25,8 @@ from checkpoints import MODELS, model_parts  # noqa: E402
 AROUND = -9                                  # column of the residual stream, left of all others
 SHOWN = {"gpt": "gpt2", "llama3": "llama3-8b", "glm4": "glm-4-9b", "rwkv6": "7b",
          "rwkv2": "430m", "rwkv3": "430m", "rwkv4": "7b", "rwkv5": "7b"}       # of SIZES
-ACTIVATIONS = {"silu", "gelu", "relu", "sigmoid", "tanh", "exp", "pow", "scaled_dot_product_attention"}
+ACTIVATIONS = {"silu", "gelu", "relu", "sigmoid", "tanh", "exp", "pow",
+               "scaled_dot_product_attention"}
 OPERATORS = {"rotate", "previous", *(f"wkv{n}" for n in (2, 3, 4, 5, 6))}      # of the model files
 
 
@@ -178,8 +179,9 @@ def record(name: str) -> tuple[list[Box], str]:
     block.register_forward_pre_hook(begin)
     block.register_forward_hook(end)
     for child, inside in block.named_children():
-        if [*inside.children()] or [*inside.parameters(recurse=False)] and not hasattr(inside, "eps"):
-            inside.register_forward_pre_hook(lambda *_, child=child: setattr(recorder, "group", child))
+        if [*inside.children()]:             # attention or MLP: its calls are one group
+            inside.register_forward_pre_hook(
+                lambda *_, child=child: setattr(recorder, "group", child))
             inside.register_forward_hook(lambda *_: setattr(recorder, "group", ""))
     kept = {key: value for key, value in vars(module).items() if key in OPERATORS
             and inspect.isfunction(value) and value.__module__ == module.__name__}
@@ -234,8 +236,8 @@ def picture(width: float, height: float, parts: list[str]) -> str:
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
         f'width="{width:g}" height="{height:g}" font-family="Helvetica, Arial, sans-serif">',
-        '<defs><marker id="end" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
-        'orient="auto"><path d="M0 0L8 4L0 8z" fill="#555"/></marker></defs>',
+        '<defs><marker id="end" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
+        'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" fill="#555"/></marker></defs>',
         f'<rect width="{width:g}" height="{height:g}" rx="8" fill="#ffffff"/>', *parts, "</svg>", ""])
 
 
@@ -243,10 +245,10 @@ def draw_block(name: str) -> str:
     """The picture of one model's block."""
     boxes, size = record(name)
     lines = arrange(boxes)
-    wide = max(118, *(7 * len(box.name) + 16 for box in boxes), *(6 * len(box.note) + 16 for box in boxes))
+    wide = max(118, *(max(7 * len(box.name), 6 * len(box.note)) + 16 for box in boxes))
     step, high, gap = wide + 14, 34, 54
-    free = [box.column for box in boxes] + [p.column for *_, between in lines for p in between
-                                            if p.column != AROUND]
+    free = [box.column for box in boxes]
+    free += [p.column for *_, between in lines for p in between if p.column != AROUND]
     left = 70 - min(free) * step + wide / 2
     width = left + max(free) * step + wide / 2 + 40
 
@@ -264,22 +266,25 @@ def draw_block(name: str) -> str:
                           fill="#5a6b85", font_style="italic"))
     for source, box, between in lines:
         (x0, y0), (x1, y1) = place(source), place(box)
-        half = 11 if box.name in "+×" else high / 2
-        path = [(x0, y0 + (11 if source.name in "+×" else high / 2)), *map(place, between), (x1, y1 - half)]
-        if between and between[0].column == AROUND:          # around, into the sum from its side
-            path = [(x0 - (11 if source.name in "+×" else wide / 2), y0), (30, y0), (30, y1), (x1 - 11, y1)]
+        down, across = (11, 11) if source.name in "+×" else (high / 2, wide / 2)
+        path = [(x0, y0 + down), *map(place, between),
+                (x1, y1 - (11 if box.name in "+×" else high / 2))]
+        if between and between[0].column == AROUND:      # around, into the sum from its side
+            path = [(x0 - across, y0), (30, y0), (30, y1), (x1 - 11, y1)]
         d = "M" + "L".join(f"{x:g} {y:g}" for x, y in path)
-        parts.append(f'<path d="{d}" fill="none" stroke="#555" stroke-width="1.2" marker-end="url(#end)"/>')
+        parts.append(f'<path d="{d}" fill="none" stroke="#555" stroke-width="1.2" '
+                     'marker-end="url(#end)"/>')
     for box in boxes:
         x, y = place(box)
         if box.name in "+×":
             parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="11" fill="#fff" stroke="#333"/>')
             parts.append(text(x, y + 5, box.name, 16, text_anchor="middle"))
             continue
-        kind = ("#ffffff" if box.name == "x" else "#fde3c8" if box.name in OPERATORS | ACTIVATIONS | {"square"}
-                else "#e6e9ee" if not box.note else "#cfe3f7")
-        parts.append(f'<rect x="{x - wide / 2:g}" y="{y - high / 2:g}" width="{wide:g}" height="{high}" '
-                     f'rx="5" fill="{kind}" stroke="#333" stroke-width="0.8"/>')
+        kind = ("#ffffff" if box.name == "x" else
+                "#fde3c8" if box.name in OPERATORS | ACTIVATIONS | {"square"} else
+                "#cfe3f7" if box.note else "#e6e9ee")
+        parts.append(f'<rect x="{x - wide / 2:g}" y="{y - high / 2:g}" width="{wide:g}" '
+                     f'height="{high}" rx="5" fill="{kind}" stroke="#333" stroke-width="0.8"/>')
         parts.append(text(x, y - 2 if box.note else y + 4, box.name, 12, text_anchor="middle"))
         if box.note:
             parts.append(text(x, y + 12, box.note, 10, text_anchor="middle", fill="#444"))
@@ -287,16 +292,23 @@ def draw_block(name: str) -> str:
     return picture(width, height, parts)
 
 
-FAMILY = {                                   # model -> its name, column, row, of which it departs, how
-    "gpt": ("GPT-2", 0, 0, "", ("the plain decoder:", "learned positions, LayerNorm,", "attention, MLP with GELU")),
-    "llama3": ("Llama 3", 1, 0, "gpt", ("rotary positions;", "query heads share k and v;", "RMSNorm, SwiGLU, no biases")),
-    "glm4": ("GLM-4", 2, 0, "llama3", ("half of each head rotated;", "2 groups of k and v, biases;",
-                                       "0414: two more norms")),
-    "rwkv2": ("RWKV-2", 0, 1, "gpt", ("no attention: sums of the", "past that fade; blends of a", "token with the one before")),
-    "rwkv3": ("RWKV-3", 1, 1, "rwkv2", ("k, v, r blend each in", "its own way; norms before", "each half of a block")),
-    "rwkv4": ("RWKV-4", 2, 1, "rwkv3", ("exact means, by a", "running maximum:", "nothing is clamped")),
-    "rwkv5": ("RWKV-5", 3, 1, "rwkv4", ("a matrix for each head", "instead of two sums for", "each channel")),
-    "rwkv6": ("RWKV-6", 4, 1, "rwkv5", ("decay and blends are", "computed from the token")),
+FAMILY = {      # model -> its name, column, row, of which it departs, how
+    "gpt": ("GPT-2", 0, 0, "", (
+        "the plain decoder:", "learned positions, LayerNorm,", "attention, MLP with GELU")),
+    "llama3": ("Llama 3", 1, 0, "gpt", (
+        "rotary positions;", "query heads share k and v;", "RMSNorm, SwiGLU, no biases")),
+    "glm4": ("GLM-4", 2, 0, "llama3", (
+        "half of each head rotated;", "2 groups of k and v, biases;", "0414: two more norms")),
+    "rwkv2": ("RWKV-2", 0, 1, "gpt", (
+        "no attention: sums of the", "past that fade; blends of a", "token with the one before")),
+    "rwkv3": ("RWKV-3", 1, 1, "rwkv2", (
+        "k, v, r blend each in", "its own way; norms before", "each half of a block")),
+    "rwkv4": ("RWKV-4", 2, 1, "rwkv3", (
+        "exact means, by a", "running maximum:", "nothing is clamped")),
+    "rwkv5": ("RWKV-5", 3, 1, "rwkv4", (
+        "a matrix for each head", "instead of two sums for", "each channel")),
+    "rwkv6": ("RWKV-6", 4, 1, "rwkv5", (
+        "decay and blends are", "computed from the token")),
 }
 
 
@@ -316,11 +328,11 @@ def draw_family() -> str:
                          'marker-end="url(#end)"/>')
         module = MODELS[name][0]
         fill = "#fde3c8" if title.startswith("RWKV") else "#cfe3f7"
-        parts.append(f'<rect x="{x}" y="{y}" width="{wide}" height="{high}" rx="8" fill="{fill}" '
-                     'stroke="#333"/>')
+        parts.append(f'<rect x="{x}" y="{y}" width="{wide}" height="{high}" rx="8" '
+                     f'fill="{fill}" stroke="#333"/>')
         parts.append(text(x + 10, y + 20, title, 14, font_weight="bold"))
-        parts.append(text(x + wide - 10, y + 20, module.replace(".", "/") + ".py", 11, text_anchor="end",
-                          fill="#444"))
+        parts.append(text(x + wide - 10, y + 20, module.replace(".", "/") + ".py", 11,
+                          text_anchor="end", fill="#444"))
         parts += [text(x + 10, y + 41 + 17 * i, line, 12) for i, line in enumerate(how)]
     right = max(x for x, _ in places.values()) + wide + 20
     return picture(right, max(y for _, y in places.values()) + high + 20, parts)
