@@ -4,8 +4,8 @@
     locate("openai-community/gpt2")         the folder in the cache of huggingface_hub
     locate("owner/name/weights.pth")        one file of a repository that holds several models
 
-Only what a model here reads is downloaded: configs, vocabulary, and the weights in one format. An
-interrupted download resumes. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured.
+Only what a model here reads is downloaded: configs, vocabulary, and the weights in one format. After
+an interruption only the files that are missing come. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured.
 """
 import contextlib
 import functools
@@ -76,7 +76,8 @@ def fetch(name: str, inside: str) -> Path:
             check_config(folder / inside)
         return folder / inside
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("the same command resumes the download") from None
+        raise KeyboardInterrupt("files that are whole are kept: the same command fetches "
+                                "the rest") from None
     except Exception as error:
         told = told_error(error, name)
         if told is None:
@@ -189,5 +190,5 @@ def told_error(error: Exception, name: str) -> str | None:
         return f"{name}: {constants.ENDPOINT} answers {status or error}: try again later"
     if is_network(error):
         return (f"{name}: no such file or folder here, and {told_network(error)}; where there is a "
-                "network, the same command resumes the download")
+                "network, the same command fetches what is missing")
     return None
