@@ -76,3 +76,23 @@ def test_without_matplotlib_the_command_that_installs_it_is_named(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     process = run("bench/plot.py", write_run(tmp_path / "gpt"), PYTHONPATH=str(tmp_path))
     assert_one_line_error(process, "matplotlib", "python -m pip install matplotlib")
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_the_closing_lines_say_what_draws_and_what_to_do_with_own_text(tmp_path, capsys, drawn):
+    import time
+
+    import torch
+
+    import train
+    out = write_run(tmp_path / "gpt")
+    if drawn:
+        (out / "loss.png").write_bytes(b"")
+    run_of = train.Run(torch.device("cpu"), torch.float32, started=time.time(), out=out)
+    measures = {"bits_per_byte": 1.9, "gzip": 2.0, "xz": 1.5}
+    train.finish(train.Settings(), run_of, 100, measures)
+    told = capsys.readouterr().out
+    assert "matplotlib" in told and ("pip install matplotlib" in told) != drawn
+    assert told.endswith("With your own text: python train.py --data FILE-OR-FOLDER ...\n")
+    train.finish(train.Settings(data=["my.txt"]), run_of, 100, measures)
+    assert "your own text" not in capsys.readouterr().out
