@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import re
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 import glm4
 from checkpoints import load_checkpoint, read_json, read_pickle, readable, write_text
 from hub import is_name, locate
+from tokenizer import replacing
 
 PREFIX = "base_model.model."                 # of peft: its names of tensors begin so
 
@@ -99,13 +99,12 @@ def peft_name(model, name: str) -> str:
 
 def save_adapter(model, settings, out: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors, as peft does."""
-    from safetensors.torch import save_file
-    file = out / "adapter_model.safetensors"
+    from safetensors.torch import save
     names = {name: peft_name(model, name) for name in adapters(model)}
     tensors = {f"{PREFIX}{names[name]}.lora_{half}.weight": getattr(module, f"lora_{half}").detach()
                for name, module in adapters(model).items() for half in "AB"}
-    save_file(tensors, f"{file}.part", {"format": "pt"})
-    os.replace(f"{file}.part", file)
+    with replacing(out / "adapter_model.safetensors") as file:
+        file.write(save(tensors, {"format": "pt"}))
     write_text(out / "adapter_config.json", json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
         "base_model_name_or_path": str(Path(settings.init_from).resolve()), "r": settings.lora,

@@ -13,12 +13,6 @@ ASKED = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Drawing a curve takes longer than these runs."""
-    monkeypatch.setattr(checkpoints, "draw_log", lambda out: None)
-
-
 @pytest.fixture
 def tokenizer():
     made = text.Bytes()
