@@ -90,7 +90,8 @@ class Common:
     eval_every: int | None = flag(None, "steps between validations (a tenth)", low=1)
     sample_every: int | None = flag(None, "steps between samples (a third)", low=1)
     save_minutes: float = flag(5.0, "minutes between saves", low=0)
-    init_from: str | None = flag(None, "start from this checkpoint, with its tokenizer")
+    init_from: str | None = flag(None, "start from this checkpoint, with its tokenizer: folder, "
+                                "file, or a name to be downloaded, as openai-community/gpt2")
     resume: str | None = flag(None, "go on with this run directory, bit-exactly")
     eval_only: bool = flag(False, "validate and stop: nothing is written but the token cache")
     settings: str | None = flag(None, "take settings from this file (a run's settings.json)")
