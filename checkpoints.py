@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 import tokenizer as text
+from hub import locate
 from tokenizer import read_json
 
 MODELS = {"gpt": ("gpt", "GPT"), "llama3": ("llama3", "Llama3"), "glm4": ("glm4", "GLM4"),
@@ -173,18 +174,8 @@ def identify(path: Path) -> str:
     return found
 
 
-def locate(path: str | Path) -> Path:
-    """A folder or file as it is; a repository's id, as openai-community/gpt2: where it lies."""
-    path = Path(path)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):
-        with contextlib.suppress(ImportError):          # without the package it is a missing folder
-            from huggingface_hub import snapshot_download
-            return Path(snapshot_download(path.as_posix()))
-    return path
-
-
 def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrides):
-    """The model in a checkpoint, whichever of ours it is: a folder, a file or a repository's id.
+    """The model in a checkpoint, whichever of ours it is: a folder, a file or a name (hub.py).
 
     overrides: config fields that the file states wrongly. Whatever is wrong with the checkpoint is
     a ValueError or OSError of one line; running out of memory passes.
@@ -590,7 +581,9 @@ def can_draw() -> bool:
 
 
 def draw_log(out: Path) -> None:
-    """loss.png of what log.jsonl has, where matplotlib is installed."""
+    """loss.png of what log.jsonl has, where matplotlib is installed: the loss of each step as a
+    band, its mean over a thirtieth of the run, validation; in bits per byte what compressors need.
+    """
     if not can_draw():
         return
     from matplotlib import pyplot
@@ -599,10 +592,21 @@ def draw_log(out: Path) -> None:
     figure, panels = pyplot.subplots(1 + len(others), figsize=(7, 4 + 2 * len(others)), sharex=True,
                                      squeeze=False, layout="constrained")
     axes, *more = panels[:, 0]
-    axes.plot(list(train), list(train.values()), lw=0.8, label="training")
+    steps, losses = list(train), list(train.values())
+    half = len(losses) // 60
+    means = [np.mean(losses[max(0, i - half):i + half + 1]) for i in range(len(losses))]
+    axes.plot(steps, losses, color="C0", lw=0.6, alpha=0.3)
+    axes.plot(steps, means, color="C0", label="training")
     if val:
-        axes.plot(list(val), list(val.values()), "o-", label="validation")
-    axes.set(ylabel="loss (nats)", title=out.name)
+        axes.plot(list(val), list(val.values()), "o-", color="C1", label="validation")
+    if bits := measured(out, "bits_per_byte"):
+        ratio = np.mean([bits[step] / val[step] for step in bits])      # of a byte to a token
+        axes.secondary_yaxis("right", (lambda nats: nats * ratio, lambda bits: bits / ratio)
+                             ).set_ylabel("bits per byte")
+        for style, name in ((":", "gzip"), ("--", "xz")):
+            for needs in [*measured(out, name).values()][-1:]:
+                axes.axhline(needs / ratio, color="gray", ls=style, label=f"{name}: {needs:.2f}")
+    axes.set(ylabel="loss (nats a token)", title=out.name)
     axes.legend()
     for panel, (name, found) in zip(more, others.items()):
         panel.plot(list(found), list(found.values()), "o-", color="C1")

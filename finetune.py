@@ -40,9 +40,10 @@ import cluster
 import tokenizer as text
 import train
 from checkpoints import (check_vocabulary, config_values, draw_log, eos_tokens, identify,
-                         load_checkpoint, load_resume, locate, make_run_directory, model_parts,
+                         load_checkpoint, load_resume, make_run_directory, model_parts,
                          publish, read_json, readable, resume_settings, save_resume,
                          saved_tokenizer)
+from hub import locate
 from lora import add_lora, load_adapter, merged, save_adapter
 from rows import (EMPTY, Notices, RewardError, all_labels, chat_parts, content_of, conversation,
                   ending, excluded, header_rows, label_key, label_of, label_rows, load_reward,
@@ -659,7 +660,7 @@ def open_start(settings: Settings):
     if adapter.exists():
         if settings.lora:
             raise ValueError(f"--lora: {folder} is an adapter itself: --merge it first")
-        base = locate(str(read_json(adapter).get("base_model_name_or_path")))
+        base = locate(str(read_json(adapter).get("base_model_name_or_path")), download=False)
     name = identify(base)
     values = config_values(model_parts(name)[1], settings.config)
     dtype = torch.bfloat16 if settings.base_dtype else torch.float32
@@ -930,6 +931,9 @@ def finetune(settings: Settings, given: set[str]) -> None:
         use = f"python finetune.py --merge --init-from {settings.out} --out NEW"
     run.say(f"{train.clock(time.time() - run.started)} in all, peak memory "
             f"{train.peak_bytes(run.device) / 2**30:.2f} GB. Use it:  {use}")
+    if not settings.data:
+        run.say(f"With your own examples: python finetune.py --task {settings.task} --init-from "
+                f"{settings.init_from} --data FILE ...")
 
 
 def better(measures: dict, than: dict) -> bool:

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import glm4
-from checkpoints import load_checkpoint, locate, read_json, read_pickle, readable, write_text
+from checkpoints import load_checkpoint, read_json, read_pickle, readable, write_text
+from hub import is_name, locate
 from tokenizer import replacing
 
 PREFIX = "base_model.model."                 # of peft: its names of tensors begin so
@@ -155,14 +156,17 @@ def find_base(folder: Path, asked: str | None = None) -> Path:
     """Where the model is that an adapter belongs to: as asked, or as its config says."""
     stated = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     try:
-        base = locate(str(asked or stated))
-    except (OSError, ValueError):            # a repository that cannot be had
+        base = locate(str(asked or stated), download=bool(asked))
+    except (OSError, ValueError):
+        if asked:
+            raise
         base = None
     if not (base and base.exists()):
         raise FileNotFoundError(
             f"--base {asked} does not exist" if asked else
             f"{folder} is an adapter of {stated}, which is not there: --base DIR names the place "
-            "where it is now" if stated else
+            "where it is now" + (f", --base {stated} downloads it" if is_name(stated) else "")
+            if stated else
             f"{folder} is an adapter that does not say of what: --base DIR names its base")
     if adapter_folder(base):
         raise ValueError(f"{folder} is an adapter of {base}, which is one itself: merge that, "

@@ -42,10 +42,11 @@ import cluster
 import data
 import tokenizer as text
 from checkpoints import (MODELS, can_draw, check_vocabulary, config_values, curve, draw_log,
-                         identify, is_out_of_memory, load_checkpoint, load_resume, locate,
+                         identify, is_out_of_memory, load_checkpoint, load_resume,
                          make_run_directory, measured, model_parts, publish, resume_settings,
                          save_resume, saved_tokenizer, write_settings, write_text)
 from flags import complain, flag, parse_settings, show_any_text
+from hub import locate
 from plan import (BYTES, EPOCHS, SHAPES, Shape, checkpoint_blocks, choose, peak_bytes, plan_memory,
                   smaller)
 from process import Interrupt, Pace, Run, clock, seconds_of, start_run
@@ -90,7 +91,8 @@ class Common:
     eval_every: int | None = flag(None, "steps between validations (a tenth)", low=1)
     sample_every: int | None = flag(None, "steps between samples (a third)", low=1)
     save_minutes: float = flag(5.0, "minutes between saves", low=0)
-    init_from: str | None = flag(None, "start from this checkpoint, with its tokenizer")
+    init_from: str | None = flag(None, "start from this checkpoint, with its tokenizer: folder, "
+                                "file, or a name to be downloaded, as openai-community/gpt2")
     shard: bool = flag(False, "divide weights, gradients and moments over the processes that "
                        "torchrun started (FSDP)")
     resume: str | None = flag(None, "go on with this run directory, bit-exactly")
@@ -736,6 +738,7 @@ def train(settings: Settings, given: set[str]) -> None:
         run.say(f"run        {run.out}")
         write_settings(settings, run.out)
         tokenizer.save(run.out, model_max_length=config.context)
+        run.log(step=step, **rivals)
         can_draw()                           # now, because it takes a second or two
     settings.out = cluster.agree(run, settings.out)
 
@@ -840,13 +843,19 @@ def finish(settings: Settings, run: Run, step: int, measures: dict) -> None:
     if run.rank > 0:
         return
     losses = measured(run.out, "loss")
-    if losses and not (run.out / "loss.png").exists():
-        run.say(curve([*losses.values()]))
+    if (run.out / "loss.png").exists():
+        run.say(f"the curve is {run.out / 'loss.png'}, as matplotlib drew it")
+    elif losses:
+        run.say(curve([*losses.values()]) + "\nloss.png is drawn by matplotlib, which is not "
+                "installed: python -m pip install matplotlib, then python bench/plot.py "
+                f"{run.out}")
     run.say(f"\n{measures['bits_per_byte']:.3f} bits per byte of the held-out text, by the weights "
             f"of step {step}; gzip -9 needs {measures['gzip']:.3f}, xz -9e {measures['xz']:.3f}")
     run.say(f"{clock(time.time() - run.started)} in all, peak memory "
             f"{peak_bytes(run.device) / 2**30:.2f} GB. Talk to it:\n"
             f"python chat.py {run.out} --prompt {shlex.quote(settings.sample_prompt)}")
+    if not settings.data:
+        run.say("With your own text: python train.py --data FILE-OR-FOLDER ...")
 
 
 def main(argv: list[str] | None = None) -> None:
