@@ -128,8 +128,13 @@ def start_run(settings, started: float) -> Run:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
-        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if world == 1 else {}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
+        store = dist.HashStore() if world == 1 else None
+        if world > 1 and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            # torchrun keeps its store: after a restart the addresses of lost processes are there
+            store, _, _ = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        ranks = dict(store=store, rank=rank, world_size=world) if store is not None else {}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **ranks)
     dtype, reason = choose_dtype(device, settings.dtype)
     if sharded and dtype == torch.float16:
         raise ValueError("--shard needs bfloat16 or float32: float16 scales the loss, which FSDP's "
