@@ -76,7 +76,7 @@ def test_adamw_takes_the_groups_as_they_are_and_norms_and_biases_do_not_decay(na
 OPTIMIZERS = {   # betas, eps, L2Wrap: of nanoGPT; of Llama 2's paper; of RWKV-LM's train.py
     "gpt": ((0.9, 0.95), 1e-8, None), "llama3": ((0.9, 0.95), 1e-5, None),
     "glm4": ((0.9, 0.95), 1e-8, None), "rwkv6": ((0.9, 0.99), 1e-8, 1e-4),
-    "rwkv2": ((0.9, 0.99), 1e-8, None), "rwkv3": ((0.9, 0.99), 1e-8, None),
+    "rwkv2": ((0.9, 0.99), 4e-9, None), "rwkv3": ((0.9, 0.99), 4e-9, None),
     "rwkv4": ((0.9, 0.99), 1e-8, 1e-4), "rwkv5": ((0.9, 0.99), 1e-8, 1e-4)}
 
 

@@ -404,7 +404,7 @@ def test_time_mixing_hands_its_operator_what_the_equations_say(monkeypatch):
         want = (att.receptance(mixed["r"]), att.key(mixed["k"]), att.value(mixed["v"]), w)
         y, _ = wkv6_loop(*(z.view(2, 7, 4, 8).transpose(1, 2) for z in want), att.time_faaaa, torch.zeros(2, 4, 8, 8))
         y = y.transpose(1, 2)                # (B, T, H, D)
-        y = (y - y.mean(-1, True)) / (y.var(-1, True, unbiased=False) + 64e-5).sqrt()
+        y = (y - y.mean(-1, True)) / (y.var(-1, unbiased=False, keepdim=True) + 64e-5).sqrt()
         y = y.flatten(2) * att.ln_x.weight + att.ln_x.bias
         assert_close(got, att.output(y * F.silu(att.gate(mixed["g"]))), 1e-5, "time mixing")
         ffn = model.blocks[1].ffn
@@ -424,7 +424,7 @@ def test_every_norm_has_the_eps_of_the_authors():
     assert small(group_norm_eps=0.5).blocks[1].att.ln_x.eps == 0.5
     x = torch.randn(2, 3, 32)
     for norm in (model.blocks[0].ln0, model.blocks[1].ln1, model.blocks[1].ln2, model.ln_out):
-        wide = (x - x.mean(-1, True)) / (x.var(-1, True, unbiased=False) + 1e-5).sqrt()
+        wide = (x - x.mean(-1, True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
         assert_close(norm(x), wide * norm.weight + norm.bias, 1e-6, "LayerNorm")
 
 
