@@ -38,7 +38,7 @@ TESTS = {                                    # the tests that see a file, those 
     "gpt.py": f"test_gpt {SHARED} test_teaching", "llama3.py": f"test_llama3 {SHARED}",
     "glm4.py": f"test_glm4 {SHARED}", "rwkv6.py": f"test_rwkv6 {SHARED}",
     **{f"lineage/rwkv{n}.py": f"test_lineage {SHARED}" for n in (2, 3, 4, 5)},
-    "tokenizer.py": "test_tokenizer test_templates test_packing",
+    "tokenizer.py": "test_vocabularies test_tokenizer test_templates test_packing",
     "train.py": "test_train test_packing", "finetune.py": "test_finetune test_adapters test_rows",
     "lora.py": "test_adapters test_finetune", "rows.py": "test_rows test_finetune",
     "data.py": "test_packing test_train", "checkpoints.py": "test_loading test_gpt test_rwkv6",
