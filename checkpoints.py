@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import re
+import reprlib
 import struct
 import sys
 import tempfile
@@ -174,6 +175,37 @@ def identify(path: Path) -> str:
     return found
 
 
+def refuse_lies(path: Path) -> None:
+    """ValueError for files that claim far more than they hold, before anything is allocated: sizes
+    in a config, tensors in a pickle, what a zip unpacks to; and for what is no file at all, as a
+    pipe, which would be read for ever."""
+    folder, kinds = path if path.is_dir() else path.parent, (".safetensors", ".bin", ".pt", ".pth")
+    files = [file for place in (folder, folder / "original") for file in place.glob("*")
+             if file.suffix in kinds]
+    files = [path] if path.is_file() else files
+    for file in files:
+        if file.exists() and not file.is_file():
+            raise ValueError(f"{file} is a device or a pipe, not a file of weights")
+    held = sum(file.stat().st_size for file in files if file.exists())
+    for file in files:
+        if not (file.suffix != ".safetensors" and zipfile.is_zipfile(file)):
+            continue
+        with zipfile.ZipFile(file) as content:              # torch.save packs, it does not compress
+            unpacked = sum(member.file_size for member in content.infolist())
+        if unpacked > 10**6 + 4 * file.stat().st_size:
+            raise ValueError(f"{file} would unpack to {unpacked:,} bytes: it is no file of torch.save")
+    stated = [read_json(folder / name) for name in ("config.json", "params.json")]
+    nanogpt = path / "ckpt.pt" if path.is_dir() else path
+    if nanogpt.suffix == ".pt" and zipfile.is_zipfile(nanogpt):
+        stated.append(read_pickle(nanogpt).get("model_args"))
+    for name, value in (pair for found in stated if isinstance(found, dict) for pair in found.items()):
+        layer = re.search("layer", name)     # each takes some 400 bytes of names alone
+        most = 1000 + held // 400 if layer else 10**6 + held
+        if (layer or re.search("hidden|embd|inner|ffn|intermediate|heads?|dim|channels|group", name)) \
+                and type(value) is int and value > most and held:
+            raise ValueError(f"{folder} states {name} {value:,}, but its weights have {held:,} bytes")
+
+
 def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrides):
     """The model in a checkpoint, whichever of ours it is: a folder, a file or a name (hub.py).
 
@@ -182,6 +214,7 @@ def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrid
     """
     path = locate(path)
     with readable(path):
+        refuse_lies(path)
         name = identify(path)
     with readable(path, re.sub(r"(RWKV)", r"\1-", MODELS[name][1])), numpy_values():
         model_class, config_class, _ = model_parts(name)
@@ -327,7 +360,7 @@ def check_fields(config_class: type, values: dict, where) -> None:
         fits = type(value) in kinds or (float in kinds and type(value) is int)
         if name in types and not fits:
             wanted = " or ".join(sorted(kind.__name__ for kind in kinds - {type(None)}))
-            raise ValueError(f"{where}: {name} is {value!r}, but it takes {wanted}")
+            raise ValueError(f"{where}: {name} is {reprlib.repr(value)}, but it takes {wanted}")
 
 
 def eos_tokens(config) -> list[int]:

@@ -605,7 +605,7 @@ def read_json(path) -> dict:
     try:
         data = json.loads(Path(path).read_bytes()) if Path(path).is_file() else {}
         return data | {}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} holds no JSON object: {error}") from None
 
 
