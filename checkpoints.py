@@ -28,6 +28,8 @@ import numpy as np
 import torch
 
 import tokenizer as text
+from card import write_card
+from published import save_weights
 from tokenizer import read_json
 
 MODELS = {"gpt": ("gpt", "GPT"), "llama3": ("llama3", "Llama3"), "glm4": ("glm4", "GLM4"),
@@ -439,14 +441,15 @@ def make_run_directory(out: str | None, name: str) -> Path:
 
 
 def publish(model, tokenizer, settings, out: Path) -> None:
-    """Write what others open: weights in the published layout, tokenizer, settings."""
-    model.save_pretrained(out)
+    """Write what others open: weights in the published layout, tokenizer, settings, a card."""
+    save_weights(model.save_pretrained, out)
     tokenizer.save(out, model_max_length=model.config.context)
     write_text(out / "generation_config.json", json.dumps(
         {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id,
-         "pad_token_id": model.config.pad_token_id, "do_sample": True, "temperature": 0.8},
+         "pad_token_id": tokenizer.pad_id, "do_sample": True, "temperature": 0.8},
         indent=2) + "\n")
     write_settings(settings, out)
+    write_card(out)
 
 
 def write_settings(settings, out: Path) -> None:

@@ -36,6 +36,7 @@ import json
 import math
 import os
 import re
+import shutil
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -403,11 +404,13 @@ class GPT(nn.Module):
             if Path(directory, older).exists():
                 raise ValueError(f"{directory} holds {older}, which would be read: move it away")
         weights.parent.mkdir(parents=True, exist_ok=True)
+        dtype = str(self.wte.weight.dtype).removeprefix("torch.")
         config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
-                  "torch_dtype": str(self.wte.weight.dtype).removeprefix("torch."),
+                  "torch_dtype": dtype, "dtype": dtype, "n_ctx": self.config.n_positions,
                   **asdict(self.config), "bias": True}                  # see to_published
         save_file(to_published(self), f"{weights}.part", {"format": "pt"})
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(f"{stated}.part", f"{weights}.part")            # safetensors leaves 0600
         os.replace(f"{weights}.part", weights)
         os.replace(f"{stated}.part", stated)
 
@@ -528,9 +531,9 @@ def read_nanogpt(path: Path):
 
 
 def to_ours(tensors, transposed: bool):
-    """Yield (our name, our tensor) for each published one but the buffers of masks."""
+    """Yield (our name, our tensor) for each published one but masks and a classifier's head."""
     for name, tensor in unwrapped(tensors):
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):
+        if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "score.weight":
             turned = transposed and name.startswith("h.") and tensor.dim() == 2
             yield name, tensor.t().contiguous() if turned else tensor
 

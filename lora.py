@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 import glm4
 from checkpoints import load_checkpoint, locate, read_json, read_pickle, readable, write_text
+from published import hub_name
 
 PREFIX = "base_model.model."                 # of peft: its names of tensors begin so
 
@@ -96,21 +98,33 @@ def peft_name(model, name: str) -> str:
     return "transformer." * inside + name
 
 
-def save_adapter(model, settings, out: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, as peft does."""
+def save_adapter(model, settings, out: Path, home: str | None = None) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, as peft does, into `out`; home: the
+    folder that they will be moved to."""
     from safetensors.torch import save_file
     file = out / "adapter_model.safetensors"
     names = {name: peft_name(model, name) for name in adapters(model)}
     tensors = {f"{PREFIX}{names[name]}.lora_{half}.weight": getattr(module, f"lora_{half}").detach()
                for name, module in adapters(model).items() for half in "AB"}
-    save_file(tensors, f"{file}.part", {"format": "pt"})
-    os.replace(f"{file}.part", file)
     write_text(out / "adapter_config.json", json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
-        "base_model_name_or_path": str(Path(settings.init_from).resolve()), "r": settings.lora,
-        "lora_alpha": settings.lora_alpha, "lora_dropout": 0.0,
+        "base_model_name_or_path": name_base(settings.init_from, home or out),
+        "r": settings.lora, "lora_alpha": settings.lora_alpha, "lora_dropout": 0.0,
         "fan_in_fan_out": type(model).__name__ == "GPT",                # transformers' Conv1D
         "target_modules": [*names.values()]}, indent=2) + "\n")
+    save_file(tensors, f"{file}.part", {"format": "pt"})
+    shutil.copymode(out / "adapter_config.json", f"{file}.part")        # safetensors leaves 0600
+    os.replace(f"{file}.part", file)
+
+
+def name_base(base: str, out: str | Path) -> str:
+    """How an adapter in the folder `out` names its base: from there, so that both may move; a
+    download of huggingface_hub by its repository."""
+    try:
+        places = os.path.realpath(base), os.path.realpath(out)
+        return hub_name(base) or Path(os.path.relpath(*places)).as_posix()
+    except ValueError:                       # on another drive of Windows
+        return str(Path(base).resolve())
 
 
 # Fields of adapter_config.json that are read here, or do not change what a trained adapter
@@ -141,10 +155,12 @@ def adapter_folder(path: Path) -> Path | None:
 
 
 def find_base(folder: Path, asked: str | None = None) -> Path:
-    """Where the model is that an adapter belongs to: as asked, or as its config says."""
+    """Where the model is that an adapter belongs to: as asked, or as its config says, which may be
+    said from its own folder."""
     stated = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     try:
-        base = locate(str(asked or stated))
+        beside = (folder / str(stated)).resolve()
+        base = beside if not asked and stated and beside.exists() else locate(str(asked or stated))
     except (OSError, ValueError):            # a repository that cannot be had
         base = None
     if not (base and base.exists()):

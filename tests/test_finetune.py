@@ -200,7 +200,7 @@ def tokenizer():
 
 def test_only_replies_are_learnt_unless_all_is_asked_for(tokenizer):
     whole, learnt = made(tokenizer, conversation("Why?", "So.", "And?", "Then."), 999)
-    assert learnt == "So.<|endoftext|>Then.<|endoftext|>" and whole.endswith("### Response:Then.<|endoftext|>")
+    assert learnt == " So.<|endoftext|> Then.<|endoftext|>" and whole.endswith("### Response: Then.<|endoftext|>")
     assert made(tokenizer, conversation("Why?", "So."), 999, everything=True)[1] == made(
         tokenizer, conversation("Why?", "So."), 999)[0][1:]
     tokenizer.chat_format = None
@@ -256,7 +256,7 @@ def test_the_forms_of_rows_are_read_alike(tokenizer):
                 {"messages": plain[:1], "chosen": plain[1:]}, {"instruction": "Why?", "output": "other", "chosen": "So."}):
         assert finetune.conversation({**row, "rejected": "x"}, "chosen") == plain, row
     rows = finetune.conversation({"instruction": "Add.", "input": "1, 2", "output": "3"})
-    assert "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:3" in tokenizer.decode(
+    assert "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response: 3" in tokenizer.decode(
         [id for part, _ in finetune.chat_parts(tokenizer, rows) for id in part])
     tokenizer.chat_format = "world"          # has no field for the input
     assert "User: Add.\n1, 2\n\nAssistant: 3" in tokenizer.decode(
@@ -690,7 +690,7 @@ def test_only_the_last_block_the_last_norm_and_the_head_learn(base):
         task = finetune.Classify(finetune.Settings(tune="last"), ALONE, text.Bytes(), tiny(name, layers=2), {"labels": ["a", "b"]})
         learn = {n for n, p in task.named_parameters() if p.requires_grad}
         blocks = {n for n in learn if ".1." in n}
-        assert len(learn - blocks) in (3, 4) and {"head.weight", "head.bias"} < learn and not [
+        assert len(learn - blocks) in (2, 3) and "head.weight" in learn and "head.bias" not in learn and not [
             n for n in learn if ".0." in n or "emb" in n or "wte" in n or "wpe" in n]
 
 
