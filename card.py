@@ -64,7 +64,7 @@ def write_card(out: Path) -> None:
     elif not adapter and not recurrent:
         lines += ["", "With transformers:", "", TRANSFORMERS.format(kind=tag, prompt=said)]
     elif kind in ("rwkv4", "rwkv5", "rwkv6") and not labels:
-        lines += ["", "With the package rwkv (a token in, the logits of the next one out):", "", RWKV]
+        lines += ["", "With the package rwkv (a token in, the next one's logits out):", "", RWKV]
     if settings:
         script = "finetune" if settings.get("task") else "train"
         lines += ["", f"`python {script}.py --settings DIR/settings.json` makes it again."]
@@ -119,7 +119,7 @@ def facts(out: Path, config: dict, settings: dict, chat: str | None) -> dict[str
 
 
 def measures(out: Path, keep: str | None) -> dict[str, float]:
-    """The validation in log.jsonl that the weights in the directory had: the last one, or the best."""
+    """The validation in log.jsonl that the weights in the directory had: the last or the best."""
     events = []
     with contextlib.suppress(FileNotFoundError):
         for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines():
@@ -129,7 +129,7 @@ def measures(out: Path, keep: str | None) -> dict[str, float]:
     if not events:
         return {}
     best = events[-1]
-    if keep == "best" and "gzip" not in best:                           # train.py's last is of these
+    if keep == "best" and "gzip" not in best:           # train.py's last is of these weights
         learnt = [event for event in events if event.get("step")] or events
         best = min(learnt, key=lambda event: event.get("val_loss", -event.get("reward", 0.0)))
     return {name: value for name, value in best.items() if isinstance(value, (int, float))

@@ -82,8 +82,8 @@ def is_classifier(folder: Path) -> bool:
 def save_head(folder: Path, labels: list[str], head: dict[str, Tensor], pad: int) -> None:
     """Add a head, {"weight": (K, C)}, to what save_pretrained wrote in a folder.
 
-    transformers' AutoModelForSequenceClassification then gives our logits: `score` of the last token
-    that is not `pad`. What it has no place for has a file of its own, head.safetensors: a head of
+    transformers' AutoModelForSequenceClassification then gives our logits: `score` of the last
+    token that is not `pad`. What it has no place for has a file of its own, head.safetensors: a head of
     an RWKV, of an adapter, and one of earlier versions, which has a bias.
     """
     from safetensors.torch import save_file
@@ -95,7 +95,7 @@ def save_head(folder: Path, labels: list[str], head: dict[str, Tensor], pad: int
 
 
 def write_classifier(folder: Path, labels: list[str], weight: Tensor, pad: int) -> None:
-    """Make transformers' classifier of the language model in a folder. Its head for tokens stays."""
+    """Make transformers' classifier of the language model in a folder. The head for tokens stays."""
     from safetensors.torch import load_file, save_file
     config, file = read_json(folder / "config.json"), folder / "model.safetensors"
     inside = "transformer." if config["model_type"] == "gpt2" else ""   # where GPT-2's body then is
@@ -115,9 +115,9 @@ def write_classifier(folder: Path, labels: list[str], weight: Tensor, pad: int) 
 
 def read_head(folder: Path) -> tuple[list[str], dict[str, Tensor]] | None:
     """(labels, head) of a classifier that `save_head` or transformers wrote; None: it is none."""
-    from safetensors import safe_open
     if not is_classifier(folder):
         return None
+    from safetensors import safe_open
     file, name = folder / "head.safetensors", "score.weight"
     if file.exists():
         with safe_open(file, framework="pt") as stored:

@@ -129,8 +129,8 @@ class Tokenizer:
     def pad_id(self) -> int | None:
         """What fills up batches elsewhere (nothing here does): never part of a text."""
         names = (text_of(self.config.get("pad_token")), "<|finetune_right_pad_id|>")
-        return next((self.special_ids[name] for name in names if name in self.special_ids),
-                    self.end_id)
+        found = [self.special_ids[name] for name in names if name in self.special_ids]
+        return next((id for id in found if id < (self.model_size or self.vocab_size)), self.end_id)
 
     def encode(self, text: str) -> list[int]:
         """The ids of text as data: no control token comes out, and none is added."""
