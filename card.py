@@ -18,20 +18,17 @@ TRANSFORMERS = '''\
     from transformers import pipeline
 
     pipe = pipeline("{kind}", "DIR")
-    print(pipe({prompt}))
-'''
+    print(pipe({prompt}))'''
 PEFT = '''\
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "DIR")
-    tokenizer = AutoTokenizer.from_pretrained("DIR")
-'''
+    tokenizer = AutoTokenizer.from_pretrained("DIR")'''
 RWKV = '''\
     from rwkv.model import RWKV
 
-    logits, state = RWKV("DIR/model", strategy="cpu fp32").forward([0], None)       # model.pth
-'''
+    logits, state = RWKV("DIR/model", strategy="cpu fp32").forward([0], None)       # model.pth'''
 
 
 def write_card(out: Path) -> None:
@@ -54,7 +51,8 @@ def write_card(out: Path) -> None:
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     if (out / "loss.png").exists():
         lines += ["", "![loss](loss.png)"]
-    lines += ["", "## How to use it", "", "With the code that made it:", ""]
+    lines += ["", "## How to use it", "", "DIR is this folder, or its name on the Hub once it is "
+              "there. With the code that made it:", ""]
     lines.append("    python finetune.py --task classify --init-from DIR --predict FILE" if labels
                  else "    python chat.py DIR" + ("" if chat else ' --prompt "Once"'))
     said = '[{"role": "user", "content": "Hello"}]' if chat and not labels else '"Once"'
@@ -86,7 +84,7 @@ def count_parameters(out: Path) -> int:
     total = 0
     for file in out.glob("*model*.safetensors"):
         from safetensors import safe_open
-        with safe_open(file, framework="pt") as stored:
+        with safe_open(file, framework="np") as stored:
             total += sum(math.prod(stored.get_slice(name).get_shape()) for name in stored.keys())
     for file in out.glob("model.pth"):
         import torch

@@ -99,6 +99,8 @@ GLM4_0414 = GLM_TOOLS + r"""{%- set found = namespace(tools=given or []) -%}
 {%- endfor -%}
 """ + GLM_END
 
+# GPT-2's split pattern makes one piece of a blank line that ends a text, and two of one before a
+# word: with its vocabulary, of all formats World's alone, this gives other tokens there.
 WORLD = r"""{%- for m in messages -%}
 {%- set content = m['content'].replace('\r\n', '\n').strip().split('\n') | select | join('\n') -%}
 {{ m['role'].capitalize() + ':' + (' ' + content if content else '') + '\n\n' }}

@@ -127,6 +127,18 @@ def test_transformers_converses_by_the_written_template(form, golden, tmp_path):
         assert ids == tokenizer.encode_chat([{**messages[0], "tools": [TOOL]}, *messages[1:]])
 
 
+def test_a_pipeline_of_transformers_converses_with_a_fine_tuned_run(classifiers, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    rows = rows_file(tmp_path / "a.jsonl", [{"instruction": f"Say {n}.", "output": str(n)} for n in range(30)])
+    out = start("sft", classifiers("gpt").parent / "base", tmp_path / "run", "--data", rows, "--steps", 1)
+    asked = [{"role": "user", "content": "Hi"}]
+    pipe = transformers.pipeline("text-generation", str(out), device="cpu")
+    said = pipe(asked, max_new_tokens=8, do_sample=False)[0]["generated_text"][-1]
+    model, tokenizer = train.load_checkpoint(out), load_tokenizer(out)
+    [new] = model.generate([tokenizer.encode_chat(asked)], 8, temperature=0)
+    assert said == {"role": "assistant", "content": tokenizer.decode(new)}
+
+
 def test_a_template_that_came_with_a_run_stays_until_another_format_is_chosen(golden, tmp_path):
     glm = load_tokenizer(golden / "tokenizer_glm4_standin")
     theirs = glm.config["chat_template"]
