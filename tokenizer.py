@@ -590,7 +590,8 @@ def set_chat_format(tokenizer: Tokenizer, template: str | None, kind: str | None
     """What was asked for; or what tokenizer_config.json states; or what the chat template shows."""
     config, name = tokenizer.config, {id: name for name, id in tokenizer.special_ids.items()}
     if template is not None:
-        variables = {"bos_token": name.get(tokenizer.bos_id), "eos_token": name.get(tokenizer.end_id)}
+        variables = {"bos_token": name.get(tokenizer.bos_id), "eos_token": name.get(tokenizer.end_id),
+                     "pad_token": name.get(tokenizer.pad_id)}
         variables |= {key: text_of(config[key]) for key in config if key.endswith("_token")}
         tokenizer.template = Template(template, variables)
         if not isinstance(config.get("chat_template"), list):           # of several named ones

@@ -392,7 +392,7 @@ def test_accumulated_unequal_lengths_give_the_gradient_of_one_batch():
         assert len(batches) > 2 if rows_at_once == 1 else len(batches) == 1, len(batches)
         optimizer, scaler = Gradients(task.parameters(), {"lr_scale": 1.0}), torch.amp.GradScaler("cpu", enabled=False)
         mean, _, count = train.training_step(ALONE, task, optimizer, scaler, batches, 0.0, 1e9, 100)
-        assert count == sum(n**2 + 1 for n in range(1, 9))
+        assert count == sum(n**2 + 2 for n in range(1, 9))              # with the space before, the end after
         found.append((mean, optimizer.seen))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     scale = max(g.abs().max() for g in found[1][1])
@@ -629,7 +629,7 @@ def test_a_process_without_an_example_adds_nothing_to_a_measure(monkeypatch):
         task = finetune.SFT(settings, run, tokenizer, tiny("gpt"), {})
         examples = task.prepare([{"prompt": "a", "completion": word} for word in ("b", "bcd")])
         found.append(task.total(lambda batch: torch.stack(task(batch)), examples)[1])
-    assert found == [2, 4, 0]
+    assert found == [3, 5, 0]
 
 
 def test_two_processes_learn_what_one_learns(base, tmp_path):
