@@ -123,21 +123,16 @@ def open_conversation(args) -> "Conversation":
     say("linear     " + fast.accelerate(model, args.bits, args.fast))
     conversation = Conversation(model, tokenizer, sampling, args.max_new_tokens, args.seed)
     if args.draft or args.lookup:
+        fast.refuse_recurrent(model)
         draft = load_checkpoint(args.draft, device, dtype) if args.draft else None
-        conversation.speculation = speculation(model, draft, args)
+        if draft is not None:
+            fast.accelerate(draft, None, args.fast)
+        probabilities = sys.modules[type(model).__module__].probabilities
+        conversation.speculation = fast.Speculation(probabilities, draft)
     conversation.stops |= stated_eos(*place.folders)
     conversation.stop_texts += args.stop
     conversation.reset(args.system)
     return conversation
-
-
-def speculation(model, draft, args) -> fast.Speculation:
-    """Speculative decoding by a draft model or, if it is None, by looking into the text."""
-    if draft is not None:
-        fast.accelerate(draft, None, args.fast)
-    fast.refuse_recurrent(model)
-    probabilities = sys.modules[type(model).__module__].probabilities
-    return fast.Speculation(probabilities, draft)
 
 # ---------------------------------------------------------------------------------- a conversation
 
@@ -344,20 +339,15 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Write messages and memory to one new safetensors file."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        from safetensors.torch import save
         if path.exists():
             raise ValueError(f"{path} exists: choose another name")
         state = self.model.new_state(1, 1) if self.state is None else self.state
         about = {"model": repr(self.model.config), "format": self.format,
                  "messages": self.messages, "seen": self.seen}
-        part = f"{path}.part"
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in state._asdict().items()}, part,
-                      {"format": "pt", "conversation": json.dumps(about)})
-        except SafetensorError as error:     # no OSError, even where the disk is full
-            raise OSError(f"cannot save {path}: {error}") from None
-        os.replace(part, path)
+        with text.replacing(path) as file:
+            file.write(save({name: tensor.contiguous() for name, tensor in state._asdict().items()},
+                            {"format": "pt", "conversation": json.dumps(about)}))
 
     def load(self, path: Path) -> None:
         """Go on with what `save` wrote; ValueError or OSError if that fails, nothing changed."""

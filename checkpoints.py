@@ -499,8 +499,8 @@ def resume_settings(kind: type, saved: dict, asked, given: set[str], out: Path,
     """
     settings, changed = kind(**saved["settings"]), []
     if "steps" in given and settings.steps and asked.steps > settings.steps == saved["step"]:
-        raise ValueError(f"--steps {asked.steps} would change the result: {out} is finished and its "
-                         "learning rate has fallen; to train on from its weights: --init-from "
+        raise ValueError(f"--steps {asked.steps} would change the result: {out} is finished and "
+                         "its learning rate has fallen; to train on from its weights: --init-from "
                          f"{out} --steps {asked.steps - settings.steps}")
     for name in sorted(given - {"resume"}):
         value, before = getattr(asked, name), getattr(settings, name)
@@ -563,9 +563,9 @@ def draw_log(out: Path) -> None:
         panel.plot(list(found), list(found.values()), "o-", color="C1")
         panel.set(ylabel=f"validation: {name}")
     panels[-1, 0].set(xlabel="step")
-    figure.savefig(out / "loss.png.part", format="png", dpi=120)
+    with text.replacing(out / "loss.png") as file:
+        figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)
-    os.replace(out / "loss.png.part", out / "loss.png")
 
 
 def curve(losses: list[float], columns: int = 72, rows: int = 8) -> str:

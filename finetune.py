@@ -37,11 +37,10 @@ from torch.nn import functional as F
 
 import tokenizer as text
 import train
+from card import write_card
 from checkpoints import (check_vocabulary, config_values, draw_log, eos_tokens, identify,
                          load_checkpoint, load_resume, locate, make_run_directory, model_parts,
-                         publish, readable, resume_settings, save_resume,
-                         saved_tokenizer)
-from card import write_card
+                         publish, readable, resume_settings, save_resume, saved_tokenizer)
 from lora import adapter_folder, add_lora, find_base, load_adapter, merged, save_adapter
 from published import read_head, save_head, save_weights
 from rows import (EMPTY, Notices, RewardError, all_labels, chat_parts, content_of, conversation,
@@ -576,8 +575,7 @@ class GRPO(Task):
     @torch.no_grad()
     def rollouts(self, prompts: list[dict], step: int) -> list[dict[str, Tensor]]:
         """Micro-batches of new completions, with their log-probabilities now and at the start."""
-        seed = (self.settings.seed * 1_000_003 + step) * self.run.world + self.run.rank
-        made, batches = self.draw(prompts, seed), []
+        made, batches = self.draw(prompts, self.run.step_seed(self.settings.seed, step)), []
         self.kept["means"] = self.means(made)
         for _, batch in self.batches(made):
             with self.run.autocast():
@@ -792,9 +790,8 @@ def finetune(settings: Settings, given: set[str]) -> None:
     if settings.checkpoint_activations:
         train.checkpoint_blocks(task.model)
     batches = Batches(learn, settings, run)
-    optimizer = train.make_optimizer(task, settings.weight_decay)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    step, skipped, best = 0, 0, {"step": 0, "done": 0.0, "measures": {}}
+    optimizer, scaler = train.make_optimizer(task, settings.weight_decay), run.scaler()
+    step, best = 0, {"step": 0, "done": 0.0, "measures": {}}
 
     def micro_batches(step):
         """GRPO draws its own; each round of them serves some steps."""
@@ -824,14 +821,9 @@ def finetune(settings: Settings, given: set[str]) -> None:
             raise ValueError(f"{error}; the state after step {step} is saved: --resume {run.out} "
                              "goes on") from None
     if saved:
-        task.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        step, run.started = saved["step"], time.time() - saved["spent"]
-        best = saved.get("best", best)
+        step, best = train.restore(run, saved, changed, task, optimizer, scaler)
         if max(run.world, saved["world"]) > 1:                          # each has drawn its own
             task.kept.pop("round", None)
-        train.say_changes(run, saved, changed)
     held_out = held[:settings.eval_examples]
     before = saved["before"] if saved else task.measures(held_out)
     run.say("before     " + train.shown(before))
@@ -846,29 +838,21 @@ def finetune(settings: Settings, given: set[str]) -> None:
         if not saved:
             run.log(step=0, **before)
     loss = task
-    if settings.compile != "off":
+    if settings.compile != "off":            # else nothing is drawn before the loop
         loss = train.compile_loss(settings.compile, run, task, micro_batches(step)[0])
     pace = train.Pace(settings, run, step)
     with train.Interrupt() as interrupt, saving():
         while pace.done < 1:
             begun = time.perf_counter()
-            torch.manual_seed((settings.seed * 1_000_003 + step) * run.world + run.rank)
+            torch.manual_seed(run.step_seed(settings.seed, step))
             lr = train.learning_rate(settings, step, pace.steps)
             mean, norm, count = train.training_step(run, loss, optimizer, scaler,
                                                     micro_batches(step), lr, settings.clip, nominal)
             speed = count / (time.perf_counter() - begun)
-            skipped = train.count_skipped(run, skipped, step, mean, norm)
             step += 1
             pace.after(step)
-            drawn = task.kept.get("means", {})                          # by GRPO
-            earned = f"  reward {drawn['reward']:.3f}" if drawn else ""
-            run.say_step(f"step {step}/{pace.steps}  loss {mean:.4f}{earned}  lr {lr:.2e}  norm "
-                         f"{norm:.2f}  {speed:,.0f} tokens/s  {train.clock(pace.left)} left", step,
-                         pace.steps)
-            run.log(step=step, loss=mean, lr=lr, norm=norm, tokens_per_s=speed, skipped=skipped,
-                    seconds=time.time() - run.started, peak_bytes=train.peak_bytes(run.device),
-                    **{f"drawn_{name}": value for name, value in drawn.items()})
-            if skipped == 10:
+            pace.report(step, mean, lr, norm, speed, **task.kept.get("means", {}))
+            if pace.skipped == 10:
                 step -= 10
                 save()
                 raise ValueError("ten steps in a row had no finite loss or gradient: the state "
@@ -881,10 +865,8 @@ def finetune(settings: Settings, given: set[str]) -> None:
                     best = {"step": step, "done": pace.done, "measures": after}
                     if settings.keep == "best" and run.rank == 0:
                         publish(task, tokenizer, settings, run.out)
-                elif settings.keep == "best" and pace.done - best["done"] > 1 / 3:
-                    run.say(f"stopped    at step {step}: no validation has been better than that "
-                            f"of step {best['step']} for a third of the run")
-                    pace.done = 1.0
+                elif settings.keep == "best":
+                    pace.stop_if_no_better(step, best)
             if pace.done < 1 and pace.due(settings.sample_every, 3, step):
                 run.say(task.sample(held[:settings.samples]))
             stop = interrupt.seen(run)
@@ -894,7 +876,7 @@ def finetune(settings: Settings, given: set[str]) -> None:
                 run.say(f"stopped after step {step}; to go on:  "
                         f"python finetune.py --resume {run.out}")
                 raise SystemExit(128 + stop)
-    if settings.keep == "last" or best["step"] == step:                 # else it is not what is kept
+    if settings.keep == "last" or best["step"] == step:                 # else it is not kept
         run.say(task.sample(held[:settings.samples]))
     after = best["measures"] if settings.keep == "best" else task.measures(held_out)
     save()

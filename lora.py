@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 import glm4
 from checkpoints import load_checkpoint, locate, read_json, read_pickle, readable, write_text
 from published import hub_name
+from tokenizer import replacing
 
 PREFIX = "base_model.model."                 # of peft: its names of tensors begin so
 
@@ -101,20 +101,18 @@ def peft_name(model, name: str) -> str:
 def save_adapter(model, settings, out: Path, home: str | None = None) -> None:
     """Write adapter_config.json and adapter_model.safetensors, as peft does, into `out`; home: the
     folder that they will be moved to."""
-    from safetensors.torch import save_file
-    file = out / "adapter_model.safetensors"
+    from safetensors.torch import save
     names = {name: peft_name(model, name) for name in adapters(model)}
     tensors = {f"{PREFIX}{names[name]}.lora_{half}.weight": getattr(module, f"lora_{half}").detach()
                for name, module in adapters(model).items() for half in "AB"}
+    with replacing(out / "adapter_model.safetensors") as file:
+        file.write(save(tensors, {"format": "pt"}))
     write_text(out / "adapter_config.json", json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
         "base_model_name_or_path": name_base(settings.init_from, home or out),
         "r": settings.lora, "lora_alpha": settings.lora_alpha, "lora_dropout": 0.0,
         "fan_in_fan_out": type(model).__name__ == "GPT",                # transformers' Conv1D
         "target_modules": [*names.values()]}, indent=2) + "\n")
-    save_file(tensors, f"{file}.part", {"format": "pt"})
-    shutil.copymode(out / "adapter_config.json", f"{file}.part")        # safetensors leaves 0600
-    os.replace(f"{file}.part", file)
 
 
 def name_base(base: str, out: str | Path) -> str:

@@ -1,6 +1,7 @@
 """A training process: its device and precision, the other processes, the clock, signals."""
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from plan import peak_bytes
 
 
 @dataclass
@@ -58,6 +61,14 @@ class Run:
     def autocast(self):
         """Where the computation takes place in lower precision, if it does."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss where float16 could not hold the gradients; else does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def step_seed(self, seed: int, step: int) -> int:
+        """Of what is drawn in a step, by this process: dropout, completions."""
+        return (seed * 1_000_003 + step) * self.world + self.rank
 
 
 def choose_device(asked: str | None) -> torch.device:
@@ -133,6 +144,7 @@ class Pace:
         minutes = getattr(settings, "minutes", None)    # finetune.py has none
         self.seconds = 60 * minutes if minutes else None
         self.takes = {}                                 # seconds of what comes after the last step
+        self.skipped = 0                                # steps in a row that changed nothing
         self.begun = self.saved = time.time()
         self.left, self.save_every = 0.0, 60 * settings.save_minutes
         self.before = self.done = self.part(step)       # parts of the run, 0 to 1
@@ -156,6 +168,22 @@ class Pace:
         else:
             self.left = each * (self.steps - step)
 
+    def report(self, step: int, loss: float, lr: float, norm: float, tokens_per_s: float,
+               **drawn) -> None:
+        """Say and log how a step went; count it if it was skipped. drawn: measures of GRPO."""
+        run, finite = self.run, math.isfinite(loss) and math.isfinite(norm)
+        self.skipped = 0 if finite else self.skipped + 1
+        if not finite:
+            run.say(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: skipped")
+        earned = f"  reward {drawn['reward']:.3f}" if drawn else ""
+        run.say_step(f"step {step}/{self.steps}  loss {loss:.4f}{earned}  lr {lr:.2e}  norm "
+                     f"{norm:.2f}  {tokens_per_s:,.0f} tokens/s  {clock(self.left)} left", step,
+                     self.steps)
+        run.log(step=step, loss=loss, lr=lr, norm=norm, tokens_per_s=tokens_per_s,
+                skipped=self.skipped, seconds=time.time() - run.started,
+                peak_bytes=peak_bytes(run.device),
+                **{f"drawn_{name}": value for name, value in drawn.items()})
+
     @property
     def closing(self) -> float:
         """How long the end of the run will take, in seconds; what was not done yet is guessed."""
@@ -173,6 +201,13 @@ class Pace:
         """Whether it is time: each `every` steps, or `parts` times in a run, and at its end."""
         due = step % every == 0 if every else int(self.done * parts) > int(self.before * parts)
         return due or self.done >= 1
+
+    def stop_if_no_better(self, step: int, best: dict) -> None:
+        """End the run if no validation has been better than best's for a third of it."""
+        if self.done - best["done"] > 1 / 3:
+            self.run.say(f"stopped    at step {step}: no validation has been better than that of "
+                         f"step {best['step']} for a third of the run")
+            self.done = 1.0
 
     def save_is_due(self) -> bool:
         """Whether rank 0 has not saved for --save-minutes."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tokenizer import read_json
+from tokenizer import read_json, replacing
 
 LIMIT = 5 * 10**9                            # bytes in a file of weights, as in transformers
 CLASSES = {"gpt2": "GPT2", "llama": "Llama", "glm": "Glm", "glm4": "Glm4"}      # of transformers
@@ -86,12 +86,11 @@ def save_head(folder: Path, labels: list[str], head: dict[str, Tensor], pad: int
     token that is not `pad`. What it has no place for has a file of its own, head.safetensors: a head of
     an RWKV, of an adapter, and one of earlier versions, which has a bias.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     if (folder / "model.safetensors").exists() and "bias" not in head:
         return write_classifier(folder, labels, head["weight"], pad)
-    file = folder / "head.safetensors"
-    save_file(head, file, {"format": "pt", "labels": json.dumps(labels)})
-    shutil.copymode(next(folder.glob("*config.json")), file)
+    with replacing(folder / "head.safetensors") as file:
+        file.write(save(head, {"format": "pt", "labels": json.dumps(labels)}))
 
 
 def write_classifier(folder: Path, labels: list[str], weight: Tensor, pad: int) -> None:

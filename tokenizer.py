@@ -20,7 +20,6 @@ of merges in training); Stanford Alpaca (its prompt).
 import ast
 import base64
 import codecs
-import collections
 import contextlib
 import heapq
 import io
@@ -32,6 +31,7 @@ import re
 import sys
 import time
 import unicodedata
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -203,10 +203,12 @@ class Tokenizer:
     def files(self) -> dict[str, bytes]:
         return self._files
 
-    def saved_files(self, **more) -> dict[str, bytes]:
-        """What `save` writes: the vocabulary as it was read, and tokenizer_config.json. A chat
-        template that came with it stays, unless another chat format was chosen since."""
-        config = {**self.save_config(), "chat_format": self.chat_format, **more}
+    def saved_files(self, model_max_length: int | None = None) -> dict[str, bytes]:
+        """The vocabulary in the format it was read from, and tokenizer_config.json. A chat template
+        that came with it stays, unless another chat format was chosen since."""
+        config = {**self.save_config(), "chat_format": self.chat_format}
+        if model_max_length is not None:
+            config["model_max_length"] = model_max_length
         if self.chat_format not in ("template", self.template_format):
             config.pop("chat_template", None)
         glm4 = {"persona": GLM4_PERSONA, "call": GLM4_CALL, "tools": GLM4_TOOLS}
@@ -216,10 +218,9 @@ class Tokenizer:
         return {**self.files(), "tokenizer_config.json": text.encode()}
 
     def save(self, directory, model_max_length: int | None = None):
-        """Writes the vocabulary in the format it was read from, and tokenizer_config.json."""
-        more = {} if model_max_length is None else {"model_max_length": model_max_length}
+        """Writes `saved_files` into a folder."""
         Path(directory).mkdir(parents=True, exist_ok=True)
-        for name, data in self.saved_files(**more).items():
+        for name, data in self.saved_files(model_max_length).items():
             with replacing(Path(directory, name)) as file:
                 file.write(data)
 
@@ -249,7 +250,7 @@ class StreamDecoder:
 
 
 WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
-    map(chr, range(0x2000, 0x200B)))            # Unicode's White_Space; Python's has \x1c to \x1f too
+    map(chr, range(0x2000, 0x200B)))            # Unicode's; Python has \x1c to \x1f, too
 
 
 class AddedTokens:
@@ -398,11 +399,95 @@ class Bytes(ByteBPE):
         return list(text.encode())
 
 
+# ---- BPE training --------------------------------------------------------------------------------
+
+
+def train_bpe(texts, vocab_size: int, *, pattern=GPT4_PATTERN, progress=False,
+              notices: list | None = None) -> ByteBPE:
+    """Byte-level BPE from an iterable of texts: vocab_size - 256 merges and then <|endoftext|>.
+
+    Again and again the most frequent pair of neighbours becomes a token; of equally frequent pairs
+    the one with the smallest tokens. Counts are kept up to date over the distinct words (pieces of
+    the split pattern), so a merge costs only the words in which it occurs. Stops when nothing is
+    left to merge, and says so, in `notices` or on stderr.
+    """
+    if vocab_size < 256:
+        raise ValueError(f"vocab_size {vocab_size}: the 256 bytes alone need 256")
+    show, split, frequency = Progress(progress), regex.compile(pattern).findall, Counter()
+    for n, text in enumerate(texts, 1):
+        frequency.update(split(clean(text)))
+        show(f"counting: {n} texts, {len(frequency)} distinct words")
+    words, weights = [list(word.encode()) for word in frequency], list(frequency.values())
+    counts, places = Counter(), defaultdict(set)            # of pairs; in which words each is
+    for n, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            counts[pair] += weights[n]
+            places[pair].add(n)
+    heap = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(heap)
+    tokens, merges = [bytes([byte]) for byte in range(256)], []
+    while len(tokens) < vocab_size and heap:
+        count, pair = heapq.heappop(heap)
+        if -count != counts[pair]:              # rarer by now: back with its present count
+            if counts[pair] > 0:
+                heapq.heappush(heap, (-counts[pair], pair))
+            continue
+        new, changes = len(tokens), Counter()
+        for n in places.pop(pair):
+            old_word, words[n] = words[n], merge_word(words[n], pair, new)
+            for old in zip(old_word, old_word[1:]):
+                changes[old] -= weights[n]
+            for now in zip(words[n], words[n][1:]):
+                changes[now] += weights[n]
+                if new in now:
+                    places[now].add(n)
+        for changed, change in changes.items():
+            counts[changed] += change
+            if change > 0:
+                heapq.heappush(heap, (-counts[changed], changed))
+        merges.append((tokens[pair[0]], tokens[pair[1]]))
+        tokens.append(b"".join(merges[-1]))
+        show(f"merging: {len(merges)} of {vocab_size - 256}", last=len(tokens) == vocab_size)
+    if len(tokens) < vocab_size:
+        told = (f"nothing is left to merge after {len(merges)} merges: the vocabulary has "
+                f"{len(tokens)} tokens, not {vocab_size}")
+        print(told, file=sys.stderr) if notices is None else notices.append(told)
+    ranks = {token: n for n, token in enumerate(tokens)}
+    return ByteBPE(ranks, pattern, {END: len(tokens)}, len(tokens), merges=merges)
+
+
+def merge_word(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """The word with each `pair`, from the left, replaced by `new`.
+
+    merge_word([97, 97, 98, 97, 97, 97], (97, 97), 256) = [256, 98, 256, 97], as 256 stands for "aa"
+    """
+    merged, at = [], 0
+    while at < len(word):
+        found = word[at] == pair[0] and at + 1 < len(word) and word[at + 1] == pair[1]
+        merged.append(new if found else word[at])
+        at += 2 if found else 1
+    return merged
+
+
+class Progress:
+    """A line on stderr, overwritten twice a second, if wanted or on a terminal."""
+
+    def __init__(self, wanted):
+        self.wanted, self.shown = wanted or sys.stderr.isatty(), time.time()
+
+    def __call__(self, text, last=False):
+        if self.wanted and (last or time.time() > self.shown + 0.5):
+            print(f"\r{text:79}", end="\n" if last else "", file=sys.stderr, flush=True)
+            self.shown = time.time()
+
+
+# ---- other vocabularies --------------------------------------------------------------------------
+
 class World(Tokenizer):
     """RWKV World: the longest token that fits, from the left. Id 0, not in the file, ends text."""
 
     def __init__(self, data: bytes, name: str):
-        self._find, lengths = {}, collections.defaultdict(set)  # first four bytes -> lengths to try
+        self._find, lengths = {}, defaultdict(set)              # first four bytes -> lengths to try
         for n, line in enumerate(data.rstrip().split(b"\n"), 1):
             try:
                 id, literal, length = re.fullmatch(r"(\d+) (.*) (\d+)\r?", line.decode()).groups()
@@ -518,7 +603,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A new binary file that takes the place of `path` as a whole, when it was written without error.
+    """A new binary file that takes the place of `path` as a whole, if all goes well.
 
         with replacing("settings.json") as file:
             file.write(b"{}")
@@ -536,7 +621,7 @@ def replacing(path):
 
 
 def read_json(path) -> dict:
-    """The object in a JSON file, {} if there is no such file; ValueError if it holds anything else."""
+    """The object in a JSON file, {} if there is no file; ValueError if it holds anything else."""
     try:
         data = json.loads(Path(path).read_bytes()) if Path(path).is_file() else {}
         return data | {}
@@ -590,7 +675,8 @@ def set_chat_format(tokenizer: Tokenizer, template: str | None, kind: str | None
     """What was asked for; or what tokenizer_config.json states; or what the chat template shows."""
     config, name = tokenizer.config, {id: name for name, id in tokenizer.special_ids.items()}
     if template is not None:
-        variables = {"bos_token": name.get(tokenizer.bos_id), "eos_token": name.get(tokenizer.end_id),
+        variables = {"bos_token": name.get(tokenizer.bos_id),
+                     "eos_token": name.get(tokenizer.end_id),
                      "pad_token": name.get(tokenizer.pad_id)}
         variables |= {key: text_of(config[key]) for key in config if key.endswith("_token")}
         tokenizer.template = Template(template, variables)
@@ -753,25 +839,23 @@ def download_gpt2() -> ByteBPE:
     return ByteBPE(ranks, GPT2_PATTERN, {END: bpe.eot_token}, bpe.eot_token)
 
 
-KEEPS_PIECES = (("Isolated", False), ("Removed", True))  # two ways to say the same of a Split
-
-
 def read_tokenizer_json(file, config, model) -> ByteBPE:
     """The format of Hugging Face's `tokenizers`, where it holds a byte-level BPE."""
     source = read_json(file)
     bpe, before = source.get("model") or {}, source.get("pre_tokenizer") or {}
     if bpe.get("byte_fallback") and "Ġ" not in bpe["vocab"]:
         if not (proper := file.with_name("tokenizer.model")).exists():
-            raise ValueError(f"{file} is a SentencePiece vocabulary (of Llama 2, Mistral or another "
-                             "of their kind): put its tokenizer.model beside it, which is read")
+            raise ValueError(f"{file} is a SentencePiece vocabulary (of Llama 2, Mistral or their "
+                             "like): put its tokenizer.model beside it, which is read")
         return read_sentencepiece(proper, None, config, model)
     normalizer = source.get("normalizer") or {"type": "Sequence", "normalizers": []}
     normalizers = normalizer.get("normalizers", [normalizer])
     *split, level = before.get("pretokenizers") or [before]
     pattern = split[0].get("pattern", {}).get("Regex") if split else GPT2_PATTERN
+    keeps = (("Isolated", False), ("Removed", True))        # two ways to say the same of a Split
     if (level.get("type") != "ByteLevel" or level.get("add_prefix_space") or pattern is None
             or len(split) > 1 or bool(split) == level.get("use_regex", True)
-            or split and (split[0].get("behavior"), split[0].get("invert")) not in KEEPS_PIECES
+            or split and (split[0].get("behavior"), split[0].get("invert")) not in keeps
             or any(part.get("type") != "NFC" for part in normalizers)):
         raise ValueError(f"{file}: no byte-level BPE with one split pattern and at most NFC")
     added = {t["content"]: t for t in source.get("added_tokens") or ()}
@@ -790,88 +874,6 @@ def read_tokenizer_json(file, config, model) -> ByteBPE:
     return ByteBPE(pattern=pattern, special_ids=special, end_id=end, chat_format=chat,
                    bos_id=None if bos == end else bos, added=added.values(), nfc=bool(normalizers),
                    files={"tokenizer.json": file.read_bytes()}, **parts)
-
-
-# ---- BPE training --------------------------------------------------------------------------------
-
-
-def train_bpe(texts, vocab_size: int, *, pattern=GPT4_PATTERN, progress=False,
-              notices: list | None = None) -> ByteBPE:
-    """Byte-level BPE from an iterable of texts: vocab_size - 256 merges and then <|endoftext|>.
-
-    Again and again the most frequent pair of neighbours becomes a token; of equally frequent pairs
-    the one with the smallest tokens. Counts are kept up to date over the distinct words (pieces of
-    the split pattern), so a merge costs only the words in which it occurs. Stops when nothing is
-    left to merge, and says so, in `notices` or on stderr.
-    """
-    if vocab_size < 256:
-        raise ValueError(f"vocab_size {vocab_size}: the 256 bytes alone need 256")
-    show, split, frequency = Progress(progress), regex.compile(pattern).findall, collections.Counter()
-    for n, text in enumerate(texts, 1):
-        frequency.update(split(clean(text)))
-        show(f"counting: {n} texts, {len(frequency)} distinct words")
-    words, weights = [list(word.encode()) for word in frequency], list(frequency.values())
-    counts, places = collections.Counter(), collections.defaultdict(set)    # of pairs: in which words
-    for n, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            counts[pair] += weights[n]
-            places[pair].add(n)
-    heap = [(-count, pair) for pair, count in counts.items()]
-    heapq.heapify(heap)
-    tokens, merges = [bytes([byte]) for byte in range(256)], []
-    while len(tokens) < vocab_size and heap:
-        count, pair = heapq.heappop(heap)
-        if -count != counts[pair]:              # rarer by now: back with its present count
-            if counts[pair] > 0:
-                heapq.heappush(heap, (-counts[pair], pair))
-            continue
-        new, changes = len(tokens), collections.Counter()
-        for n in places.pop(pair):
-            old_word, words[n] = words[n], merge_word(words[n], pair, new)
-            for old in zip(old_word, old_word[1:]):
-                changes[old] -= weights[n]
-            for now in zip(words[n], words[n][1:]):
-                changes[now] += weights[n]
-                if new in now:
-                    places[now].add(n)
-        for changed, change in changes.items():
-            counts[changed] += change
-            if change > 0:
-                heapq.heappush(heap, (-counts[changed], changed))
-        merges.append((tokens[pair[0]], tokens[pair[1]]))
-        tokens.append(b"".join(merges[-1]))
-        show(f"merging: {len(merges)} of {vocab_size - 256}", last=len(tokens) == vocab_size)
-    if len(tokens) < vocab_size:
-        told = (f"nothing is left to merge after {len(merges)} merges: the vocabulary has "
-                f"{len(tokens)} tokens, not {vocab_size}")
-        print(told, file=sys.stderr) if notices is None else notices.append(told)
-    ranks = {token: n for n, token in enumerate(tokens)}
-    return ByteBPE(ranks, pattern, {END: len(tokens)}, len(tokens), merges=merges)
-
-
-def merge_word(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """The word with each `pair`, from the left, replaced by `new`.
-
-    merge_word([97, 97, 98, 97, 97, 97], (97, 97), 256) = [256, 98, 256, 97], as 256 stands for "aa"
-    """
-    merged, at = [], 0
-    while at < len(word):
-        found = word[at] == pair[0] and at + 1 < len(word) and word[at + 1] == pair[1]
-        merged.append(new if found else word[at])
-        at += 2 if found else 1
-    return merged
-
-
-class Progress:
-    """A line on stderr, overwritten twice a second, if wanted or on a terminal."""
-
-    def __init__(self, wanted):
-        self.wanted, self.shown = wanted or sys.stderr.isatty(), time.time()
-
-    def __call__(self, text, last=False):
-        if self.wanted and (last or time.time() > self.shown + 0.5):
-            print(f"\r{text:79}", end="\n" if last else "", file=sys.stderr, flush=True)
-            self.shown = time.time()
 
 
 # ---- chat formats --------------------------------------------------------------------------------

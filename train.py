@@ -351,9 +351,11 @@ def validate(model, run: Run, ids: np.ndarray, context: int, first: int, limit: 
 def compressed(corpus: Corpus) -> dict[str, float]:
     """Bits per byte that gzip -9 and xz -9e need for the held-out text (its first 16 MB)."""
     ids = corpus.val[:8 << 20]
-    size = corpus.tokenizer.decode(ids[ids != corpus.tokenizer.end_id].tolist()).encode()[:16 << 20]
-    return {"gzip": 8 * len(gzip.compress(size, 9)) / len(size),
-            "xz": 8 * len(lzma.compress(size, preset=9 | lzma.PRESET_EXTREME)) / len(size)}
+    held = corpus.tokenizer.decode(ids[ids != corpus.tokenizer.end_id].tolist()).encode()[:16 << 20]
+    xz = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME,
+          "dict_size": max(4096, len(held))}                # xz's own, 64 MB, would need 700 MB
+    return {"gzip": 8 * len(gzip.compress(held, 9)) / len(held),
+            "xz": 8 * len(lzma.compress(held, filters=[xz])) / len(held)}
 
 # ---------------------------------------------------------------------------------------- the step
 
@@ -485,14 +487,6 @@ def compile_loss(asked: str, run: Run, loss, batch: dict):
     return fast
 
 
-def count_skipped(run: Run, skipped: int, step: int, mean: float, norm: float) -> int:
-    """How many steps in a row were skipped, this one included."""
-    if math.isfinite(mean) and math.isfinite(norm):
-        return 0
-    run.say(f"step {step + 1}: loss {mean:.4g}, gradient norm {norm:.4g}: skipped")
-    return skipped + 1
-
-
 def shown(measures: dict[str, float]) -> str:
     """Measures on one line."""
     return ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
@@ -510,26 +504,28 @@ def plan_run(settings: Settings, run: Run) -> float | None:
         return None
     made = settings.tokenizer or next(
         (path for path in settings.data if Path(path, "tokenizer_config.json").exists()), None)
-    open_ended = not (settings.steps or settings.epochs or settings.minutes)
+    bounded = settings.steps or settings.epochs
+    open_ended = not (bounded or settings.minutes)
     context = settings.context or (256 if open_ended else None)         # room to converse in
     asked = {"layers": settings.layers, "width": settings.width, "context": context,
              "vocab": text.load_tokenizer(made).vocab_size if made else settings.vocab,
              "tokens": settings.tokens_per_step}
-    shapes = [shape._replace(**{name: value for name, value in asked.items() if value})
-              for shape in SHAPES]
+    asked = {name: value for name, value in asked.items() if value}
+    shapes = [shape._replace(**asked) for shape in SHAPES]
     if settings.batch_size:
         shapes = [shape._replace(tokens=settings.batch_size * shape.context) for shape in shapes]
-    shapes, bounded = [*dict.fromkeys(shapes)], settings.steps or settings.epochs
+    shapes = [*dict.fromkeys(shapes)]                                   # each once
     shape, speed = shapes[0], None
     if len(shapes) > 1 or not bounded:
-        size, minutes = text_bytes(settings), settings.minutes or MINUTES
+        size = text_bytes(settings)
         shape, each, seconds = choose(
-            shapes, 60 * minutes, math.inf if bounded or settings.minutes else size,
+            shapes, 60 * (settings.minutes or MINUTES), size if open_ended else math.inf,
             lambda shape, enough: step_seconds(settings, run, shape, enough))
-        speed, epochs = shape.tokens / each, shape.tokens / each * seconds / size * BYTES
+        speed, lasts = shape.tokens / each, ""
         if not bounded:
             settings.minutes = settings.minutes or round(seconds / 60, 2)
-        lasts = "" if bounded else f": about {epochs:.1f} epochs in {settings.minutes:g} minutes"
+            epochs = speed * seconds * BYTES / size
+            lasts = f": about {epochs:.1f} epochs in {settings.minutes:g} minutes"
         run.say(f"plan       {size / 1e6:.1f} MB of text; {speed:,.0f} tokens/s at {shape.layers} x"
                 f" {shape.width}, context {shape.context}, vocabulary {shape.vocab}, "
                 f"{shape.tokens} tokens a step{lasts}")
@@ -547,8 +543,7 @@ def step_seconds(settings: Settings, run: Run, shape: Shape, enough: float) -> f
     values = config_values(config_class, settings.config)
     model = model_class(dataclasses.replace(config, **values)).to(run.device).train()
     muon = float(settings.optimizer != "adamw")
-    optimizer = make_optimizer(model, settings.weight_decay, muon)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    optimizer, scaler = make_optimizer(model, settings.weight_decay, muon), run.scaler()
     rows = max(1, shape.tokens // shape.context // run.world)
     tokens = torch.randint(shape.vocab, (min(rows, max(1, 16384 // shape.context)), shape.context))
     batches = [{"tokens": tokens, "targets": tokens}] * -(-rows // len(tokens))
@@ -717,16 +712,10 @@ def train(settings: Settings, given: set[str]) -> None:
     batches = Batches(corpus.train, settings.context, sequences, settings.micro_batch,
                       settings.seed, run)
     muon = settings.muon_lr / settings.lr if settings.optimizer == "muon" else 0.0
-    optimizer = make_optimizer(model, settings.weight_decay, muon)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    step, skipped, best = 0, 0, {"val_loss": math.inf, "step": 0, "done": 0.0}
+    optimizer, scaler = make_optimizer(model, settings.weight_decay, muon), run.scaler()
+    step, best = 0, {"val_loss": math.inf, "step": 0, "done": 0.0}
     if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        step, run.started = saved["step"], time.time() - saved["spent"]
-        best = saved.get("best", best)
-        say_changes(run, saved, changed)
+        step, best = restore(run, saved, changed, model, optimizer, scaler)
     if run.rank == 0:
         run.out = out if saved else make_run_directory(settings.out, settings.model)
         settings.out = str(run.out)
@@ -749,19 +738,15 @@ def train(settings: Settings, given: set[str]) -> None:
     with Interrupt() as interrupt:
         while pace.done < 1:
             begun = time.perf_counter()
-            torch.manual_seed((settings.seed * 1_000_003 + step) * run.world + run.rank)
+            torch.manual_seed(run.step_seed(settings.seed, step))
             lr = learning_rate(settings, pace.done * pace.steps, pace.steps)
             mean, norm, count = training_step(run, loss, optimizer, scaler, batches(step), lr,
                                               settings.clip, settings.tokens_per_step)
             speed = count / (time.perf_counter() - begun)
-            skipped = count_skipped(run, skipped, step, mean, norm)
             step += 1
             pace.after(step)
-            run.say_step(f"step {step}/{pace.steps}  loss {mean:.4f}  lr {lr:.2e}  norm {norm:.2f}"
-                         f"  {speed:,.0f} tokens/s  {clock(pace.left)} left", step, pace.steps)
-            run.log(step=step, loss=mean, lr=lr, norm=norm, tokens_per_s=speed, skipped=skipped,
-                    seconds=time.time() - run.started, peak_bytes=peak_bytes(run.device))
-            if skipped == 10:
+            pace.report(step, mean, lr, norm, speed)
+            if pace.skipped == 10:
                 step -= 10
                 save()
                 raise ValueError("ten steps in a row had no finite loss or gradient: the state "
@@ -776,10 +761,8 @@ def train(settings: Settings, given: set[str]) -> None:
                     if settings.keep == "best" and run.rank == 0:
                         with pace.closing_takes("saving", 2):
                             publish(model, tokenizer, settings, run.out)
-                elif settings.keep == "best" and pace.done - best["done"] > 1 / 3:
-                    run.say(f"stopped    at step {step}: no validation has been better than that "
-                            f"of step {best['step']} for a third of the run")
-                    pace.done = 1.0
+                elif settings.keep == "best":
+                    pace.stop_if_no_better(step, best)
             if pace.done < 1 and pace.due(settings.sample_every, 3, step):
                 with pace.closing_takes("sample"):
                     show()
@@ -800,12 +783,18 @@ def train(settings: Settings, given: set[str]) -> None:
     finish(settings, run, step, measures | rivals)
 
 
-def say_changes(run: Run, saved: dict, changed: list[str]) -> None:
-    """Say what makes a resumed run differ in its last bits from one that was never stopped."""
+def restore(run: Run, saved: dict, changed: list[str], model, optimizer, scaler):
+    """Go on where a resume.pt was written: (steps done, the best validation). Says what makes this
+    differ in its last bits from a run that was never stopped."""
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    scaler.load_state_dict(saved["scaler"])
+    run.started = time.time() - saved["spent"]
     if saved["world"] != run.world:
         changed = [*changed, f"started on {saved['world']} processes"]
     if changed:
         run.say(f"resume     not bit-exactly: {', '.join(changed)}")
+    return saved["step"], saved["best"]
 
 
 def take_back(model, run: Run) -> None:

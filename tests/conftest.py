@@ -23,6 +23,15 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="long: run with --stress"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures():
+    """Drawing the curves takes longer than the runs of these tests; one test undoes this."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in {"checkpoints", "train"} & sys.modules.keys():
+            patch.setattr(sys.modules[name], "can_draw", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def root():
     """The project's folder."""

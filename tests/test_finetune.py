@@ -29,12 +29,6 @@ QUICK = ["--device", "cpu", "--dtype", "float32", "--micro-batch", "64", "--samp
          "--eval-every", "100"]
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Drawing a curve takes longer than these runs."""
-    monkeypatch.setattr(checkpoints, "draw_log", lambda out: None)
-
-
 def tiny(name, seed=0, layers=1):
     """A small model of this architecture over bytes, with every parameter drawn."""
     torch.manual_seed(seed)

@@ -1,6 +1,5 @@
 """rows.py: published shapes of rows, tables, what is counted, cut and refused; rewards."""
 import json
-from pathlib import Path
 
 import pytest
 from test_finetune import ALONE, QUICK, base, refused, rows_file, start, tiny  # noqa: F401  base is a fixture
@@ -12,12 +11,6 @@ import tokenizer as text
 
 ASKED = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 SYSTEM = {"role": "system", "content": "Be brief."}
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Drawing a curve takes longer than these runs."""
-    monkeypatch.setattr(checkpoints, "draw_log", lambda out: None)
 
 
 @pytest.fixture

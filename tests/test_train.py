@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import toy
-from helpers import ROOT, assert_close, assert_one_line_error, run
+from helpers import ROOT, assert_close, assert_one_line_error, run, run_here
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,6 +26,7 @@ from gpt import GPT, GPTConfig
 SMALL = ["--layers", "1", "--width", "32", "--context", "32", "--tokens-per-step", "128", "--vocab", "300",
          "--steps", "6", "--device", "cpu", "--dtype", "float32", "--lr", "0.003", "--workers", "1"]
 ALONE = train.Run(torch.device("cpu"), torch.float32)
+CAN_DRAW = checkpoints.can_draw              # conftest.py takes it away
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,15 @@ def test_a_run_directory_is_complete_and_loads(finished):
     assert {"gzip", "xz", "bits_per_byte"} <= json.loads((finished / "log.jsonl").read_text().splitlines()[-1]).keys()
 
 
+def test_the_losses_are_drawn_where_matplotlib_is_installed(finished, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(checkpoints, "can_draw", CAN_DRAW)
+    shutil.copy(finished / "log.jsonl", tmp_path)
+    checkpoints.draw_log(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 2, "nothing half written is left"
+
+
 def test_transformers_opens_a_run_directory_to_the_same_logits_and_ids(finished):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(finished).eval()
@@ -90,8 +100,8 @@ def test_transformers_opens_a_run_directory_to_the_same_logits_and_ids(finished)
 def test_what_a_terminal_cannot_show_is_no_crash(finished, corpus, tmp_path):
     done = run("chat.py", finished, "--prompt", "é", "--max-new-tokens", "3", "--device", "cpu", PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
-    done = run("train.py", *SMALL, "--steps", "1", "--data", corpus, "--sample-prompt", "é", "--out", tmp_path / "run",
-               PYTHONIOENCODING="ascii")
+    done = run_here(train.main, *SMALL, "--steps", "1", "--data", corpus, "--sample-prompt", "é", "--out", tmp_path / "run",
+                    encoding="ascii")
     assert done.returncode == 0 and "--- sample ---\n?" in done.stdout, done.stderr
 
 
@@ -198,13 +208,13 @@ def test_a_half_written_save_does_no_harm(finished, tmp_path):
 
 def test_resume_refuses_what_would_change_the_result(finished, corpus, tmp_path):
     for flags, word in ((["--lr", "1"], "--lr"), (["--steps", "9"], "--steps"), (["--seed", "7"], "--seed")):
-        assert_one_line_error(run("train.py", "--resume", finished, *flags), word, "would change the result")
+        assert_one_line_error(run_here(train.main, "--resume", finished, *flags), word, "would change the result")
     changed = shutil.copytree(corpus, tmp_path / "corpus")
     out = start(changed, tmp_path / "run", "--steps", 2)
     (changed / "part_3.py").write_text("new = 1\n")
-    assert_one_line_error(run("train.py", "--resume", out), "data have changed")
+    assert_one_line_error(run_here(train.main, "--resume", out), "data have changed")
     (out / "resume/resume.pt").write_bytes((out / "resume/resume.pt").read_bytes()[:1000])
-    assert_one_line_error(run("train.py", "--resume", out), "damaged")
+    assert_one_line_error(run_here(train.main, "--resume", out), "damaged")
 
 
 @pytest.mark.parametrize("steps", [5])
@@ -304,7 +314,7 @@ def test_nanogpt_token_folders_and_jsonl_are_data(tmp_path, corpus):
     (tmp_path / "b.jsonl").write_text("\n".join(lines))
     train.main([*SMALL, "--data", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "b")])
     assert events(tmp_path / "b", "bits_per_byte")
-    assert_one_line_error(run("train.py", "--data", folder), "no tokenizer")
+    assert_one_line_error(run_here(train.main, *arguments, "--data", folder), "no tokenizer")
 
 
 # --- loss and gradients ---
@@ -627,14 +637,14 @@ def test_moved_data_are_the_same_data_and_other_data_are_refused(corpus, finishe
     assert events(tmp_path / "run", "loss") == events(finished, "loss")
     assert weights(tmp_path / "run") == weights(finished)
     (tmp_path / "elsewhere/part_3.py").write_text("new = 1\n")
-    assert_one_line_error(run("train.py", "--resume", tmp_path / "run", "--data", tmp_path / "elsewhere"),
+    assert_one_line_error(run_here(train.main, "--resume", tmp_path / "run", "--data", tmp_path / "elsewhere"),
                           "data have changed")
 
 
 def test_resume_takes_the_file_and_a_finished_run_is_told_what_to_do(finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "run")
     assert train.load_resume(str(out / "resume/resume.pt"))[0] == out
-    assert_one_line_error(run("train.py", "--resume", out, "--steps", 9), f"--init-from {out} --steps 3")
+    assert_one_line_error(run_here(train.main, "--resume", out, "--steps", 9), f"--init-from {out} --steps 3")
     os.replace(out / "resume/resume.pt", out / "resume.pt")             # where older runs have it
     assert train.load_resume(str(out))[0] == out == train.load_resume(str(out / "resume.pt"))[0]
 
@@ -654,11 +664,11 @@ def test_a_resume_file_of_an_earlier_version_is_refused_by_name(finished, tmp_pa
     saved = torch.load(out / "resume/resume.pt", weights_only=True)
     del saved[part][name]
     torch.save(saved, out / "resume/resume.pt")
-    assert_one_line_error(run("train.py", "--resume", out), "earlier version", f"--init-from {out}")
+    assert_one_line_error(run_here(train.main, "--resume", out), "earlier version", f"--init-from {out}")
 
 
 def test_help_shows_every_flag_with_default_and_meaning():
-    shown = " ".join(run("train.py", "--help").stdout.split())
+    shown = " ".join(run_here(train.main, "--help").stdout.split())
     for name, spec in train.Settings.__dataclass_fields__.items():
         assert "--" + name.replace("_", "-") in shown
         assert " ".join(spec.metadata["help"].split())[:20] in shown, name
