@@ -556,6 +556,8 @@ class GRPO(Task):
             ids, group = prompt["rows"][0][0], drawn[n * size:(n + 1) * size]
             texts = [self.tokenizer.to_bytes([id for id in new if id not in self.silent], False)
                      .decode("utf-8", "replace") for new in group]
+            if self.tokenizer.chat_format:   # what is seen of a reply, as in chat.py
+                texts = [words.strip() for words in texts]
             rewards = self.score(prompt, texts, [new[-1] in self.stop for new in group])
             for new, words, reward, better in zip(group, texts, rewards, advantages(rewards)):
                 row = ([*ids, *new][:-1], [-100] * (len(ids) - 1) + new)

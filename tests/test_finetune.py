@@ -688,6 +688,16 @@ def test_only_the_last_block_the_last_norm_and_the_head_learn(base):
             n for n in learn if ".0." in n or "emb" in n or "wte" in n or "wpe" in n]
 
 
+def test_a_reward_gets_a_reply_without_the_space_that_a_chat_format_puts_before_it(tokenizer, monkeypatch):
+    settings = finetune.Settings(task="grpo", context=256, group=2, micro_batch=4, data=["x"], kl=0.0)
+    task, heard = finetune.GRPO(settings, ALONE, tokenizer, tiny("gpt"), {}), []
+    task.score = lambda example, completions, ended: heard.append(completions) or [0.0, 1.0]
+    monkeypatch.setattr(task.model, "generate", lambda prompts, new, on_token, **sampling: [
+        on_token(row, id) for row in range(len(prompts)) for id in (*tokenizer.encode(" 42"), tokenizer.end_id)])
+    drawn = task.draw([task.example({"prompt": "6 * 7?"})], 0)
+    assert heard == [["42", "42"]] and drawn[0]["drawn"] == 4
+
+
 def test_completions_keep_their_stop_id_and_the_probability_they_were_drawn_with(base):
     model, tokenizer = tiny("rwkv6"), text.Bytes()
     settings = finetune.Settings(task="grpo", context=96, max_new_tokens=30, group=16, micro_batch=64, data=["x"])
