@@ -17,15 +17,18 @@ LIMIT = 5 * 10**9                            # bytes in a file of weights, as in
 CLASSES = {"gpt2": "GPT2", "llama": "Llama", "glm": "Glm", "glm4": "Glm4"}      # of transformers
 
 
-def save_weights(save, out: Path, limit: int = LIMIT) -> None:
+def save_weights(save, out: Path) -> None:
     """Call save(folder), a model's save_pretrained, and move what it wrote to `out`: files of an
     earlier save and of this one are never read together. What is killed leaves out/saving."""
     new = out / "saving"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     save(new)
-    if (new / "model.safetensors").exists() and (new / "model.safetensors").stat().st_size > limit:
-        divide(new, limit)
+    whole = new / "model.safetensors"
+    if whole.exists() and whole.stat().st_size > LIMIT:
+        index = write_parts(whole)
+        whole.unlink()
+        (new / f"{whole.name}.index.json").write_text(json.dumps(index, indent=2) + "\n")
     made = sorted(new.iterdir(), key=lambda file: (file.suffix == ".json", file.name))
     for older in sorted(out.glob("model*.safetensors*"), reverse=True):             # an index first
         if older.suffix == ".json" or older.name not in {file.name for file in made}:
@@ -35,21 +38,14 @@ def save_weights(save, out: Path, limit: int = LIMIT) -> None:
     new.rmdir()
 
 
-def divide(folder: Path, limit: int) -> None:
-    """Make of model.safetensors several files of at most `limit` bytes of tensors, and an index."""
-    index = write_parts(folder / "model.safetensors", limit)
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def write_parts(file: Path, limit: int) -> dict:
-    """Write the parts of a file; their index."""
+def write_parts(file: Path) -> dict:
+    """Divide a file of weights into several of at most LIMIT bytes of tensors; their index."""
     from safetensors.torch import load_file, save_file
     parts, size, places = [{}], 0, {}
     tensors = load_file(file)
     for name, tensor in tensors.items():
         size += tensor.nbytes
-        if parts[-1] and size > limit:
+        if parts[-1] and size > LIMIT:
             parts.append({})
             size = tensor.nbytes
         parts[-1][name] = tensor

@@ -322,7 +322,7 @@ def test_written_files_have_the_mode_of_the_umask(classifiers, tmp_path):
 def test_weights_beyond_the_limit_are_divided_and_open_here_and_in_transformers(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     models = [tiny("gpt", seed, layers=2) for seed in range(3)]
-    monkeypatch.setattr(published.save_weights, "__defaults__", (60_000,))
+    monkeypatch.setattr(published, "LIMIT", 60_000)
     for model in models[:2]:                 # a save over another
         checkpoints.publish(model, text.Bytes(), finetune.Settings(), tmp_path)
         files = sorted(file.name for file in tmp_path.glob("model*"))
