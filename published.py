@@ -79,8 +79,8 @@ def save_head(folder: Path, labels: list[str], head: dict[str, Tensor], pad: int
     """Add a head, {"weight": (K, C)}, to what save_pretrained wrote in a folder.
 
     transformers' AutoModelForSequenceClassification then gives our logits: `score` of the last
-    token that is not `pad`. What it has no place for has a file of its own, head.safetensors: a head of
-    an RWKV, of an adapter, and one of earlier versions, which has a bias.
+    token that is not `pad`. What it has no place for has a file of its own, head.safetensors: a
+    head of an RWKV, of an adapter, and one of earlier versions, which has a bias.
     """
     from safetensors.torch import save
     if (folder / "model.safetensors").exists() and "bias" not in head:
@@ -90,7 +90,7 @@ def save_head(folder: Path, labels: list[str], head: dict[str, Tensor], pad: int
 
 
 def write_classifier(folder: Path, labels: list[str], weight: Tensor, pad: int) -> None:
-    """Make transformers' classifier of the language model in a folder. The head for tokens stays."""
+    """Make transformers' classifier of the model in a folder. The head for tokens stays."""
     from safetensors.torch import load_file, save_file
     config, file = read_json(folder / "config.json"), folder / "model.safetensors"
     inside = "transformer." if config["model_type"] == "gpt2" else ""   # where GPT-2's body then is

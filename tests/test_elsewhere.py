@@ -25,11 +25,6 @@ WORDS = ("Below is an instruction that describes a task. ### Response:Yes :No :H
          "Assistant: Hello there (x) äöü 你好. Be brief.\n\nBelow is\n\n### Input:\n") * 3
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(checkpoints, "draw_log", lambda out: None)
-
-
 # --- conversations ---
 
 SAID = ["Hi", "What is 1+1?", "Yes.", "no (really)", "42", "\"Quoted,\" she said", "two\nlines", "def f(x):\n    return x",
