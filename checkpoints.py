@@ -29,7 +29,9 @@ import numpy as np
 import torch
 
 import tokenizer as text
+from card import write_card
 from hub import locate
+from published import save_weights
 from tokenizer import read_json
 
 MODELS = {"gpt": ("gpt", "GPT"), "llama3": ("llama3", "Llama3"), "glm4": ("glm4", "GLM4"),
@@ -463,52 +465,15 @@ def make_run_directory(out: str | None, name: str) -> Path:
 
 
 def publish(model, tokenizer, settings, out: Path) -> None:
-    """Write what others open: weights in the published layout, tokenizer, settings."""
-    if sum(p.nbytes for p in model.parameters()) <= PART:
-        model.save_pretrained(out)
-    else:
-        with tempfile.TemporaryDirectory(dir=out) as folder:
-            model.save_pretrained(folder)
-            split_weights(Path(folder))
-            index = out / "model.safetensors.index.json"
-            index.unlink(missing_ok=True)    # until it is there again, nothing is: no mixture
-            for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == index.name):
-                os.replace(file, out / file.name)
+    """Write what others open: weights in the published layout, tokenizer, settings, a card."""
+    save_weights(model.save_pretrained, out)
     tokenizer.save(out, model_max_length=model.config.context)
     write_text(out / "generation_config.json", json.dumps(
         {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id,
-         "pad_token_id": model.config.pad_token_id, "do_sample": True, "temperature": 0.8},
+         "pad_token_id": tokenizer.pad_id, "do_sample": True, "temperature": 0.8},
         indent=2) + "\n")
     write_settings(settings, out)
-
-
-PART = 5_000_000_000                         # bytes of the largest file of weights
-
-
-def split_weights(folder: Path) -> None:
-    """Make files of at most PART bytes and an index of model.safetensors, as others write and read
-    them. (The official .pth of RWKV is one file of any size.)"""
-    weights = folder / "model.safetensors"
-    if not weights.exists():
-        return
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-    parts, size, total, places = [[]], 0, 0, {}
-    with safe_open(weights, framework="pt") as content:                 # mapped, not read
-        for name in content.keys():
-            nbytes = content.get_tensor(name).nbytes
-            if parts[-1] and size + nbytes > PART:
-                parts, size = [*parts, []], 0
-            parts[-1].append(name)
-            size, total = size + nbytes, total + nbytes
-        for n, names in enumerate(parts, 1):
-            file = f"model-{n:05}-of-{len(parts):05}.safetensors"
-            save_file({name: content.get_tensor(name) for name in names}, folder / file,
-                      {"format": "pt"})
-            places |= dict.fromkeys(names, file)
-    weights.unlink()
-    write_text(folder / "model.safetensors.index.json", json.dumps(
-        {"metadata": {"total_size": total}, "weight_map": places}, indent=2) + "\n")
+    write_card(out)
 
 
 def write_settings(settings, out: Path) -> None:
