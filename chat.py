@@ -50,9 +50,10 @@ def say(*words) -> None:
 # ------------------------------------------------------------------------------------ command line
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None, parser: Parser | None = None):
     """The settings of a command line; exits with one line if they are impossible."""
-    parser = Parser(prog="chat.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = parser or Parser(prog="chat.py", description=__doc__.split("\n")[0],
+                              allow_abbrev=False)
     add = parser.add_argument
     add("weights", metavar="DIR", help="a checkpoint or an adapter: folder, file, or "
         "a name to be downloaded, as openai-community/gpt2")

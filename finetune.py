@@ -277,6 +277,10 @@ class Task(nn.Module):
         """Note that a row gives no example."""
         self.notices[f"rows are left out: {why}"] += 1
 
+    def micro_batches(self, batches: Batches, step: int) -> list[dict[str, Tensor]]:
+        """What this process learns from in a step."""
+        return batches(step)
+
     def batches(self, examples: list[dict]):
         """Yield (examples, their batch on the device), as much at once as fits."""
         for group in groups(examples, self.settings.micro_batch * self.settings.context):
@@ -575,6 +579,13 @@ class GRPO(Task):
                             different, len(made))
         return {n: total / sums[3] for n, total in zip(("reward", "length", "distinct"), sums)}
 
+    def micro_batches(self, batches: Batches, step: int) -> list[dict[str, Tensor]]:
+        """New completions, which serve --updates steps."""
+        now = step // self.settings.updates
+        if self.kept.get("round") != now:
+            self.kept.update(round=now, drawn=self.rollouts(batches.chosen(now), step))
+        return self.kept["drawn"]
+
     @torch.no_grad()
     def rollouts(self, prompts: list[dict], step: int) -> list[dict[str, Tensor]]:
         """Micro-batches of new completions, with their log-probabilities now and at the start."""
@@ -787,15 +798,6 @@ def finetune(settings: Settings, given: set[str]) -> None:
     optimizer, scaler = train.make_optimizer(task, settings.weight_decay), run.scaler()
     step, best = 0, {"step": 0, "done": 0.0, "measures": {}}
 
-    def micro_batches(step):
-        """GRPO draws its own; each round of them serves some steps."""
-        if settings.task != "grpo":
-            return batches(step)
-        now = step // settings.updates
-        if task.kept.get("round") != now:
-            task.kept.update(round=now, drawn=task.rollouts(batches.chosen(now), step))
-        return task.kept["drawn"]
-
     def save():
         if run.rank == 0:
             save_resume(run.out, settings, run, tokenizer, key, task.config, name=name, step=step,
@@ -833,15 +835,16 @@ def finetune(settings: Settings, given: set[str]) -> None:
             run.log(step=0, **before)
     loss = task
     if settings.compile != "off":            # else nothing is drawn before the loop
-        loss = train.compile_loss(settings.compile, run, task, micro_batches(step)[0])
+        loss = train.compile_loss(settings.compile, run, task, task.micro_batches(batches, step)[0])
     pace = train.Pace(settings, run, step)
     with train.Interrupt() as interrupt, saving():
         while pace.done < 1:
             begun = time.perf_counter()
             torch.manual_seed(run.step_seed(settings.seed, step))
             lr = train.learning_rate(settings, step, pace.steps)
-            mean, norm, count = train.training_step(run, loss, optimizer, scaler,
-                                                    micro_batches(step), lr, settings.clip, nominal)
+            mean, norm, count = train.training_step(
+                run, loss, optimizer, scaler, task.micro_batches(batches, step), lr, settings.clip,
+                nominal)
             speed = count / (time.perf_counter() - begun)
             step += 1
             pace.after(step)
