@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import glm4
 from checkpoints import load_checkpoint, read_json, read_pickle, readable, write_text
@@ -27,18 +28,29 @@ PREFIX = "base_model.model."                 # of peft: its names of tensors beg
 
 
 class LoRALinear(nn.Module):
-    """W x + scale B A x. W stays as it was; A (rank, in) and B (out, rank) learn, B from 0."""
+    """W x + scale B A x. W stays as it was; A (rank, in) and B (out, rank) learn, B from 0, in fp32
+    at least. bits: "int8" or "int4", in which W is then kept (practice/fast.py)."""
 
-    def __init__(self, linear: nn.Linear, rank: int, scale: float):
+    def __init__(self, linear: nn.Linear, rank: int, scale: float, bits: str | None = None):
         super().__init__()
         self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
-        self.lora_A = nn.Parameter(self.weight.new_empty(rank, linear.in_features))
-        self.lora_B = nn.Parameter(self.weight.new_zeros(linear.out_features, rank))
+        like = dict(device=self.weight.device,
+                    dtype=torch.promote_types(self.weight.dtype, torch.float32))
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))           # as its authors, and peft
+        self.frozen = None
+        if bits:
+            from practice.fast import KINDS
+            self.frozen, self.weight = KINDS[bits](linear, ("plain",) * 3), None
 
     def forward(self, x):
-        return (F.linear(x, self.weight, self.bias)
-                + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B))
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        if self.frozen is not None:          # its weights as numbers again, now and going back
+            y = checkpoint(self.frozen, x, use_reentrant=False)
+        else:
+            y = F.linear(x, self.weight, self.bias)
+        return y + self.scale * F.linear(F.linear(x, A), B)
 
 
 def adapters(model) -> dict[str, LoRALinear]:
@@ -46,10 +58,10 @@ def adapters(model) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def add_lora(model, settings) -> None:
+def add_lora(model, settings, bits: str | None = None) -> None:
     """Give every linear layer that --lora-targets matches an adapter; only adapters learn.
 
-    Not a tied head: its weight is the token table's.
+    Not a tied head: its weight is the token table's. bits: see `LoRALinear`.
     """
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     layers = {name: module for name, module in model.named_modules()
@@ -64,7 +76,7 @@ def add_lora(model, settings) -> None:
     model.requires_grad_(False)
     for name in matched:
         scale = settings.lora_alpha / settings.lora
-        model.set_submodule(name, LoRALinear(layers[name], settings.lora, scale))
+        model.set_submodule(name, LoRALinear(layers[name], settings.lora, scale, bits))
 
 
 @torch.no_grad()
@@ -250,6 +262,7 @@ def to_ours(model, name: str, tensor, half: str | None):
     """Yield (our name, our tensor) of transformers' or a remote code's; half: "A" or "B", of the
     layer `name`; None: the whole parameter `name`."""
     if type(model).__name__ == "GLM4":       # query_key_value: q, k and v share A, and divide B
+        name = re.sub(r"^(model|transformer)\.", "", name)              # as read_tensors does
         for ours, part in glm4.to_ours([(name, tensor)], model.config):
             yield ours, tensor if half == "A" else part
     elif type(model).__name__ == "GPT":

@@ -225,7 +225,8 @@ class TimeMix(nn.Module):
         """S before the first token, (B, H, D, D) fp32: zeros, or the tuned state."""
         if self.time_state is None:
             H, D = self.time_faaaa.shape
-            return self.time_faaaa.new_zeros(batch_size, H, D, D, dtype=torch.float32)
+            return torch.zeros(batch_size, H, D, D, dtype=torch.float32,
+                               device=self.time_faaaa.device)
         return self.time_state.float().mT.expand(batch_size, -1, -1, -1)    # stored value by key
 
     def forward(self, x, last, S):

@@ -193,7 +193,7 @@ class TimeMix(nn.Module):
 
     def first_state(self, batch_size: int) -> Tensor:
         """p, q, o before the first token, (B, 3, C) fp32: empty sums, o below every exponent."""
-        empty = self.time_decay.new_tensor([0.0, 0.0, -1e38], dtype=torch.float32)
+        empty = torch.tensor([0.0, 0.0, -1e38], dtype=torch.float32, device=self.time_decay.device)
         return empty[:, None].expand(batch_size, 3, len(self.time_decay))
 
     def forward(self, x, last, S):
