@@ -49,7 +49,7 @@ def overlap(run) -> None:
     from train import NextTokenLoss
     (model, [batch]), took = model_and_batches(), {}
     plain, buckets = NextTokenLoss(model), cluster.overlapping(NextTokenLoss(model), run)
-    for turn in range(24):
+    for _ in range(24):
         for name, loss in (("one after another, at the end", plain), ("in buckets, meanwhile", buckets)):
             dist.barrier()
             start = time.perf_counter()
