@@ -64,6 +64,7 @@ def reducing(loss, now: bool):
         return loss.no_sync()
     return contextlib.nullcontext()
 
+
 def number(norm: torch.Tensor) -> float:
     """The number that a tensor holds, which may be in parts on several processes."""
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -158,7 +159,7 @@ def gathered(whole: nn.Module, root: nn.Module, run):
         yield root
         return
     root.reshard()
-    with tempfile.TemporaryDirectory(dir=run.out) as folder:            # on the disk of the run
+    with tempfile.TemporaryDirectory(dir=run.out, prefix="gathered-") as folder:
         sharded = dict(root.named_parameters())
         for n, (name, p) in enumerate([*whole.named_parameters()]):
             full = sharded[name].detach().full_tensor()
@@ -210,13 +211,14 @@ def saving(root: nn.Module, optimizer, run, out: Path, step: int):
     dcp.save(state_of(root, optimizer), checkpoint_id=str(part))
     yield part
     if run.rank == 0:
-        shutil.rmtree(done, ignore_errors=True)                         # saved twice at one step
-        os.replace(part, done)
-        for older in saved_shards(out)[:-1]:
-            shutil.rmtree(older)
+        if done.exists():                    # saved twice after one step
+            shutil.rmtree(part)
+        else:
+            os.replace(part, done)
+        for other in saved_shards(out):
+            if other != done:
+                shutil.rmtree(other)
     dist.barrier()
-
-
 
 
 def load_shards(root: nn.Module, optimizer, folder: Path) -> None:
