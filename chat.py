@@ -55,7 +55,8 @@ def parse(argv: list[str] | None, parser: Parser | None = None):
     parser = parser or Parser(prog="chat.py", description=__doc__.split("\n")[0],
                               allow_abbrev=False)
     add = parser.add_argument
-    add("weights", metavar="DIR", help="a checkpoint or an adapter: folder or file")
+    add("weights", metavar="DIR", help="a checkpoint or an adapter: folder, file, or "
+        "a name to be downloaded, as openai-community/gpt2")
     add("--base", metavar="DIR", help="where an adapter's base is, if not where its config says")
     add("--inspect", action="store_true", help="say what DIR is and needs, and end")
     add("--chat", choices=(*text.CHAT_FORMATS, "none"), help="converse so; none: complete text")

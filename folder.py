@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 import tokenizer as text
 from checkpoints import (MODELS, check_vocabulary, eos_tokens, identify, innermost,
-                         load_checkpoint, locate, read_json, read_pickle, readable)
+                         load_checkpoint, read_json, read_pickle, readable)
+from hub import locate
 from lora import adapter_folder, adapters, find_base, load_adapter
 from plan import free_bytes
 from process import choose_device

@@ -633,10 +633,10 @@ def load_tokenizer(path_or_name, kind: str | None = None) -> Tokenizer:
     if path.suffix in (".pth", ".pt", ".safetensors", ".bin"):  # weights: look beside them
         path = path.parent
     file = find_vocabulary(path, kind) if path.is_dir() else path
-    config, model = {}, {}
-    for folder in {file.parent: 0, (path if path.is_dir() else file.parent): 0}:
-        config |= read_json(folder / "tokenizer_config.json")
-        model |= read_json(folder / "config.json") | read_json(folder / "params.json")
+    folder, config, model = path if path.is_dir() else path.parent, {}, {}
+    for place in dict.fromkeys((file.parent, folder)):
+        config |= read_json(place / "tokenizer_config.json")
+        model |= read_json(place / "config.json") | read_json(place / "params.json")
     try:
         tokenizer = read_vocabulary(file, kind, config, model)
         template = find_template(folder, config)
