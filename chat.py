@@ -205,7 +205,10 @@ class Conversation:
         encode = self.tokenizer.encode
         if self.format is None:
             ids = [id for m in messages for id in m.get("ids") or encode(m["content"])]
-            return [*self.tokenizer.prefix_ids, *ids] or [self.tokenizer.end_id]
+            ids = [*self.tokenizer.prefix_ids, *ids]
+            if not ids and self.tokenizer.end_id is None:
+                raise ValueError("an empty text: this vocabulary has no token to begin one with")
+            return ids or [self.tokenizer.end_id]
         plain = [{key: m[key] for key in m if key != "ids"} for m in messages]
         replies = iter([m.get("ids") for m in messages if m["role"] == "assistant"])
         return [id for ids, is_reply in self.tokenizer.chat_parts(plain)
@@ -372,7 +375,8 @@ class Conversation:
         whole = whole and {*tensors} == {*kind._fields}
         if not whole or tensors["position"].tolist() != [len(seen)]:
             raise ValueError(f"{path} is damaged: its ids do not belong to its memory")
-        self.render(messages or [{"role": "user", "content": ""}])      # ValueError if it cannot be
+        if messages:
+            self.render(messages)            # ValueError if it cannot be
         self.state = moved(self.model, kind(**tensors), kind(**tensors).capacity)
         self.messages, self.seen = messages, seen
 

@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import re
+import reprlib
 import struct
 import sys
 import tempfile
@@ -28,7 +29,9 @@ import numpy as np
 import torch
 
 import tokenizer as text
+from card import write_card
 from hub import locate
+from published import save_weights
 from tokenizer import read_json
 
 MODELS = {"gpt": ("gpt", "GPT"), "llama3": ("llama3", "Llama3"), "glm4": ("glm4", "GLM4"),
@@ -174,6 +177,37 @@ def identify(path: Path) -> str:
     return found
 
 
+def refuse_lies(path: Path) -> None:
+    """ValueError for files that claim far more than they hold, before anything is allocated: sizes
+    in a config, tensors in a pickle, what a zip unpacks to; and for what is no file at all, as a
+    pipe, which would be read for ever."""
+    folder, kinds = path if path.is_dir() else path.parent, (".safetensors", ".bin", ".pt", ".pth")
+    files = [file for place in (folder, folder / "original") for file in place.glob("*")
+             if file.suffix in kinds]
+    files = [path] if path.is_file() else files
+    for file in files:
+        if file.exists() and not file.is_file():
+            raise ValueError(f"{file} is a device or a pipe, not a file of weights")
+    held = sum(file.stat().st_size for file in files if file.exists())
+    for file in files:
+        if not (file.suffix != ".safetensors" and zipfile.is_zipfile(file)):
+            continue
+        with zipfile.ZipFile(file) as content:              # torch.save packs, it does not compress
+            unpacked = sum(member.file_size for member in content.infolist())
+        if unpacked > 10**6 + 4 * file.stat().st_size:
+            raise ValueError(f"{file} would unpack to {unpacked:,} bytes: it is no file of torch.save")
+    stated = [read_json(folder / name) for name in ("config.json", "params.json")]
+    nanogpt = path / "ckpt.pt" if path.is_dir() else path
+    if nanogpt.suffix == ".pt" and zipfile.is_zipfile(nanogpt):
+        stated.append(read_pickle(nanogpt).get("model_args"))
+    for name, value in (pair for found in stated if isinstance(found, dict) for pair in found.items()):
+        layer = re.search("layer", name)     # each takes some 400 bytes of names alone
+        most = 1000 + held // 400 if layer else 10**6 + held
+        if (layer or re.search("hidden|embd|inner|ffn|intermediate|heads?|dim|channels|group", name)) \
+                and type(value) is int and value > most and held:
+            raise ValueError(f"{folder} states {name} {value:,}, but its weights have {held:,} bytes")
+
+
 def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrides):
     """The model in a checkpoint, whichever of ours it is: a folder, a file or a name (hub.py).
 
@@ -182,6 +216,7 @@ def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrid
     """
     path = locate(path)
     with readable(path):
+        refuse_lies(path)
         name = identify(path)
     with readable(path, re.sub(r"(RWKV)", r"\1-", MODELS[name][1])), numpy_values():
         model_class, config_class, _ = model_parts(name)
@@ -327,7 +362,7 @@ def check_fields(config_class: type, values: dict, where) -> None:
         fits = type(value) in kinds or (float in kinds and type(value) is int)
         if name in types and not fits:
             wanted = " or ".join(sorted(kind.__name__ for kind in kinds - {type(None)}))
-            raise ValueError(f"{where}: {name} is {value!r}, but it takes {wanted}")
+            raise ValueError(f"{where}: {name} is {reprlib.repr(value)}, but it takes {wanted}")
 
 
 def eos_tokens(config) -> list[int]:
@@ -430,52 +465,15 @@ def make_run_directory(out: str | None, name: str) -> Path:
 
 
 def publish(model, tokenizer, settings, out: Path) -> None:
-    """Write what others open: weights in the published layout, tokenizer, settings."""
-    if sum(p.nbytes for p in model.parameters()) <= PART:
-        model.save_pretrained(out)
-    else:
-        with tempfile.TemporaryDirectory(dir=out) as folder:
-            model.save_pretrained(folder)
-            split_weights(Path(folder))
-            index = out / "model.safetensors.index.json"
-            index.unlink(missing_ok=True)    # until it is there again, nothing is: no mixture
-            for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == index.name):
-                os.replace(file, out / file.name)
+    """Write what others open: weights in the published layout, tokenizer, settings, a card."""
+    save_weights(model.save_pretrained, out)
     tokenizer.save(out, model_max_length=model.config.context)
     write_text(out / "generation_config.json", json.dumps(
         {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id,
-         "pad_token_id": model.config.pad_token_id, "do_sample": True, "temperature": 0.8},
+         "pad_token_id": tokenizer.pad_id, "do_sample": True, "temperature": 0.8},
         indent=2) + "\n")
     write_settings(settings, out)
-
-
-PART = 5_000_000_000                         # bytes of the largest file of weights
-
-
-def split_weights(folder: Path) -> None:
-    """Make files of at most PART bytes and an index of model.safetensors, as others write and read
-    them. (The official .pth of RWKV is one file of any size.)"""
-    weights = folder / "model.safetensors"
-    if not weights.exists():
-        return
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-    parts, size, total, places = [[]], 0, 0, {}
-    with safe_open(weights, framework="pt") as content:                 # mapped, not read
-        for name in content.keys():
-            nbytes = content.get_tensor(name).nbytes
-            if parts[-1] and size + nbytes > PART:
-                parts, size = [*parts, []], 0
-            parts[-1].append(name)
-            size, total = size + nbytes, total + nbytes
-        for n, names in enumerate(parts, 1):
-            file = f"model-{n:05}-of-{len(parts):05}.safetensors"
-            save_file({name: content.get_tensor(name) for name in names}, folder / file,
-                      {"format": "pt"})
-            places |= dict.fromkeys(names, file)
-    weights.unlink()
-    write_text(folder / "model.safetensors.index.json", json.dumps(
-        {"metadata": {"total_size": total}, "weight_map": places}, indent=2) + "\n")
+    write_card(out)
 
 
 def write_settings(settings, out: Path) -> None:

@@ -25,7 +25,6 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-import json
 import math
 import shutil
 import sys
@@ -39,12 +38,13 @@ from torch.nn import functional as F
 import cluster
 import tokenizer as text
 import train
+from card import write_card
 from checkpoints import (check_vocabulary, config_values, draw_log, eos_tokens, identify,
                          load_checkpoint, load_resume, make_run_directory, model_parts,
-                         publish, read_json, readable, resume_settings, save_resume,
-                         saved_tokenizer)
+                         publish, readable, resume_settings, save_resume, saved_tokenizer)
 from hub import locate
-from lora import add_lora, load_adapter, merged, save_adapter
+from lora import adapter_folder, add_lora, find_base, load_adapter, merged, save_adapter
+from published import read_head, save_head, save_weights
 from rows import (EMPTY, Notices, RewardError, all_labels, chat_parts, content_of, conversation,
                   ending, excluded, header_rows, label_key, label_of, label_rows, load_reward,
                   naming, preference_rows, question_rows, read_rows, score_code, shown, split,
@@ -63,6 +63,8 @@ class Settings(train.Common):
     context: int | None = flag(None, "longest example, in tokens; the rest is cut off (1024, or "
                                "the model's)", "block_size", low=16)
     out: str | None = flag(None, "the run directory (out/MODEL-TASK, then out/MODEL-TASK-2, ...)")
+    base: str | None = flag(None, "where the base of an adapter in --init-from is, if it moved",
+                            needs="init_from")
     epochs: float | None = flag(None, "instead of --steps: passes over the data (by task)", above=0)
     lr: float | None = flag(None, "peak learning rate (by task and width)", "learning_rate",
                             above=0)
@@ -305,7 +307,7 @@ class Task(nn.Module):
     def save_pretrained(self, out: Path) -> None:
         """What checkpoints.publish writes of the weights."""
         if self.settings.lora and not self.settings.merge:
-            save_adapter(self.model, self.settings, out)
+            save_adapter(self.model, self.settings, out, self.settings.out)
         else:
             merged(self.model).save_pretrained(out)
 
@@ -367,9 +369,8 @@ class Classify(Task):
         super().__init__(settings, run, tokenizer, model, kept)
         self.labels, self.confusion = kept["labels"], None
         self.places = {label_key(label): n for n, label in enumerate(self.labels)}
-        self.head = nn.Linear(width(model), len(self.labels))
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.head = nn.Linear(width(model), len(self.labels), bias=kept.get("bias", False))
+        nn.init.normal_(self.head.weight, std=0.02)                     # a bias: of earlier runs
         if not settings.lora and settings.tune == "last":               # and the norm after it
             blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
             inside, last = ({id(p) for p in m.parameters()} for m in (blocks, blocks[-1]))
@@ -440,11 +441,8 @@ class Classify(Task):
             print(f"{self.labels[label]}\t{p:.3f}\t{' '.join(row['text'].split())}")
 
     def save_pretrained(self, out: Path) -> None:
-        from safetensors.torch import save
         super().save_pretrained(out)
-        with text.replacing(out / "head.safetensors") as file:
-            file.write(save(self.head.state_dict(),
-                            {"format": "pt", "labels": json.dumps(self.labels)}))
+        save_head(out, self.labels, self.head.state_dict(), self.tokenizer.pad_id)
 
 
 class DPO(Task):
@@ -570,6 +568,8 @@ class GRPO(Task):
             ids, group = prompt["rows"][0][0], drawn[n * size:(n + 1) * size]
             texts = [self.tokenizer.to_bytes([id for id in new if id not in self.silent], False)
                      .decode("utf-8", "replace") for new in group]
+            if self.tokenizer.chat_format:   # what is seen of a reply, as in chat.py
+                texts = [words.strip() for words in texts]
             rewards = self.score(prompt, texts, [new[-1] in self.stop for new in group])
             for new, words, reward, better in zip(group, texts, rewards, advantages(rewards)):
                 row = ([*ids, *new][:-1], [-100] * (len(ids) - 1) + new)
@@ -656,16 +656,18 @@ def open_start(settings: Settings):
     """(name in MODELS, model on the CPU, tokenizer) of --init-from: of a checkpoint, or of an
     adapter, which is merged with its base."""
     folder = base = locate(settings.init_from)
-    adapter = folder / "adapter_config.json"
-    if adapter.exists():
+    adapter = adapter_folder(folder)
+    if settings.base and not adapter:
+        raise ValueError(f"--base is for adapters, and {folder} is none")
+    if adapter:
         if settings.lora:
             raise ValueError(f"--lora: {folder} is an adapter itself: --merge it first")
-        base = locate(str(read_json(adapter).get("base_model_name_or_path")), download=False)
+        folder, base = adapter, find_base(adapter, settings.base)
     name = identify(base)
     values = config_values(model_parts(name)[1], settings.config)
     dtype = torch.bfloat16 if settings.base_dtype else torch.float32
     model = load_checkpoint(base, "cpu", None if settings.shard else dtype, **values)
-    if adapter.exists():
+    if adapter:
         load_adapter(folder, model)
         model = merged(model)
     tokenizer = text.load_tokenizer(settings.tokenizer or folder)
@@ -678,12 +680,17 @@ def open_start(settings: Settings):
 
 def write_merged(settings: Settings, run: Run, name: str, model, tokenizer) -> None:
     """--merge without --task: the plain checkpoint that an adapter makes of its base."""
-    out = make_run_directory(settings.out, name)
-    model.save_pretrained(out)
+    out, place = make_run_directory(settings.out, name), Path(settings.init_from)
+
+    def save(folder):
+        model.save_pretrained(folder)
+        if head := read_head(place):
+            save_head(folder, *head, tokenizer.pad_id)
+    save_weights(save, out)
     tokenizer.save(out, model_max_length=model.config.context)
-    for extra in ("head.safetensors", "generation_config.json"):
-        if Path(settings.init_from, extra).exists():
-            shutil.copy(Path(settings.init_from, extra), out)
+    if (place / "generation_config.json").exists():
+        shutil.copy(place / "generation_config.json", out)
+    write_card(out)
     run.say(f"run        {out}: the merged weights")
 
 
@@ -716,13 +723,13 @@ def open_task(settings: Settings, run: Run, tokenizer, model, rows: list[dict], 
     if settings.lora:
         bits = settings.base_dtype if settings.base_dtype != "bfloat16" else None
         add_lora(model, settings, bits)
-    head, file = {}, Path(settings.init_from, "head.safetensors")
+    head, start = {}, Path(settings.init_from)
     if settings.task == "classify" and not kept:
-        if file.exists():
-            from safetensors import safe_open
-            with readable(file), safe_open(file, framework="pt") as opened:
-                kept["labels"] = json.loads(opened.metadata()["labels"])
-                head = {name: opened.get_tensor(name) for name in opened.keys()}
+        with readable(start):
+            found = read_head(start)
+        if found:
+            kept["labels"], head = found
+            kept["bias"] = "bias" in head
         elif settings.predict:
             raise ValueError(f"--predict: {settings.init_from} has no head yet: train one first")
         else:
@@ -805,6 +812,8 @@ def finetune(settings: Settings, given: set[str]) -> None:
     notices = Notices()
     reading = (settings.encoding, settings.columns, notices)
     rows = read_rows(place, *reading) if place else RECIPES[settings.task][1]()
+    if saved:
+        saved["task"].setdefault("bias", "head.bias" in saved["model"])
     task = open_task(settings, run, tokenizer, model, rows, saved["task"] if saved else {}, notices)
     if settings.predict:
         task.to(run.device).predict(rows)
@@ -920,6 +929,8 @@ def finetune(settings: Settings, given: set[str]) -> None:
         run.say(task.sample(held[:settings.samples]))
     after = best["measures"] if settings.keep == "best" else task.measures(held_out)
     save()
+    if run.rank == 0:
+        write_card(run.out)
     if settings.keep == "best":
         run.say(f"the weights kept are those of step {best['step']}, the best validation")
     for measure, value in after.items():

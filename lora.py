@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import glm4
 from checkpoints import load_checkpoint, read_json, read_pickle, readable, write_text
 from hub import is_name, locate
+from published import hub_name
 from tokenizer import replacing
 
 PREFIX = "base_model.model."                 # of peft: its names of tensors begin so
@@ -109,8 +111,9 @@ def peft_name(model, name: str) -> str:
     return "transformer." * inside + name
 
 
-def save_adapter(model, settings, out: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, as peft does."""
+def save_adapter(model, settings, out: Path, home: str | None = None) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, as peft does, into `out`; home: the
+    folder that they will be moved to."""
     from safetensors.torch import save
     names = {name: peft_name(model, name) for name in adapters(model)}
     tensors = {f"{PREFIX}{names[name]}.lora_{half}.weight": getattr(module, f"lora_{half}").detach()
@@ -119,10 +122,20 @@ def save_adapter(model, settings, out: Path) -> None:
         file.write(save(tensors, {"format": "pt"}))
     write_text(out / "adapter_config.json", json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
-        "base_model_name_or_path": str(Path(settings.init_from).resolve()), "r": settings.lora,
-        "lora_alpha": settings.lora_alpha, "lora_dropout": 0.0,
+        "base_model_name_or_path": name_base(settings.init_from, home or out),
+        "r": settings.lora, "lora_alpha": settings.lora_alpha, "lora_dropout": 0.0,
         "fan_in_fan_out": type(model).__name__ == "GPT",                # transformers' Conv1D
         "target_modules": [*names.values()]}, indent=2) + "\n")
+
+
+def name_base(base: str, out: str | Path) -> str:
+    """How an adapter in the folder `out` names its base: from there, so that both may move; a
+    download of huggingface_hub by its repository."""
+    try:
+        places = os.path.realpath(base), os.path.realpath(out)
+        return hub_name(base) or Path(os.path.relpath(*places)).as_posix()
+    except ValueError:                       # on another drive of Windows
+        return str(Path(base).resolve())
 
 
 # Fields of adapter_config.json that are read here, or do not change what a trained adapter
@@ -153,11 +166,14 @@ def adapter_folder(path: Path) -> Path | None:
 
 
 def find_base(folder: Path, asked: str | None = None) -> Path:
-    """Where the model is that an adapter belongs to: as asked, or as its config says."""
+    """Where the model is that an adapter belongs to: as asked, or as its config says, which may be
+    said from its own folder."""
     stated = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     try:
-        base = locate(str(asked or stated), download=bool(asked))
-    except (OSError, ValueError):
+        beside = (folder / str(stated)).resolve()
+        base = beside if not asked and stated and beside.exists() else locate(
+            str(asked or stated), download=bool(asked))
+    except (OSError, ValueError):            # a repository that cannot be had
         if asked:
             raise
         base = None

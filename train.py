@@ -41,6 +41,7 @@ from torch.utils.checkpoint import checkpoint
 import cluster
 import data
 import tokenizer as text
+from card import write_card
 from checkpoints import (MODELS, can_draw, check_vocabulary, config_values, curve, draw_log,
                          identify, is_out_of_memory, load_checkpoint, load_resume,
                          make_run_directory, measured, model_parts, publish, resume_settings,
@@ -617,7 +618,7 @@ def derive(settings: Settings, given: set[str], run: Run, corpus: Corpus, speed:
         config = sizes[settings.size] if settings.size else config_class.sized(
             settings.layers, settings.width, tokenizer.vocab_size, context)
         config = dataclasses.replace(config, **{
-            "vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id,
+            "vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.begin_id,
             "eos_token_id": tokenizer.end_id, "pad_token_id": None, **values})
     check_vocabulary(config, tokenizer)
     if "context" in given and settings.context > (config.context or settings.context):
@@ -842,6 +843,7 @@ def finish(settings: Settings, run: Run, step: int, measures: dict) -> None:
     """Say how it ended and what to do with it."""
     if run.rank > 0:
         return
+    write_card(run.out)
     losses = measured(run.out, "loss")
     if (run.out / "loss.png").exists():
         run.say(f"the curve is {run.out / 'loss.png'}, as matplotlib drew it")

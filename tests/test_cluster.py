@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import ROOT, assert_close, run
 
-import checkpoints
+import published
 import cluster
 import finetune
 import lora
@@ -229,7 +229,7 @@ def test_only_a_restarted_run_takes_up_its_own_directory(tmp_path, monkeypatch):
 
 
 def test_large_weights_are_published_in_parts_with_an_index(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "PART", 20_000)
+    monkeypatch.setattr(published, "LIMIT", 20_000)
     out = start(corpus, tmp_path / "run", "--keep", "best", "--eval-every", 2)      # published three times
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = sorted({*index["weight_map"].values()})
