@@ -3,10 +3,10 @@
     python bench/mutate.py                              # 60 faults in each file of TESTS
     python bench/mutate.py gpt.py rwkv6.py --sites 100 --seed 1
 
-Where a fault can be put is decided by the operators in `faults`, which of these places by the seed.
-Each fault runs against the tests of TESTS, the quick ones first, until one fails, in
-a copy of the project. tests/test_same.py, which compares text, is not among them. The process
-forks for each fault with torch already imported.
+Where a fault can be put is decided by the operators in `variants`, which of these places by the
+seed. Each fault runs against the tests of TESTS, the quick ones first, until one fails, in a copy
+of the project. tests/test_same.py, which compares text, is not among them, nor are tests of more
+than SLOW seconds. The process forks for each fault with torch already imported.
 
 out/mutation keeps what was found: a fault that was caught is not tried again until its file
 changes, one that survived is. bench/mutation.log is written anew from it.
@@ -54,6 +54,7 @@ COMPARE = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, a
 ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
               ast.Pow: ast.Mult, ast.FloorDiv: ast.Div, ast.Mod: ast.FloorDiv,
               ast.LShift: ast.RShift, ast.RShift: ast.LShift}
+SLOW = 5.0                                   # tests of more seconds are left out
 UNORDERED = {"min", "max", "equal", "startswith", "endswith", "isinstance", "gcd"}
 
 
@@ -179,7 +180,8 @@ class Order:
             case = set(re.findall(r"\w+", item.nodeid.partition("[")[2]))
             return self.model in MODELS and case & {*MODELS} and self.model not in case
         place = {item.path: i for i, item in reversed([*enumerate(items)])}
-        items[:] = sorted((item for item in items if not of_another(item)),
+        items[:] = sorted((item for item in items if not of_another(item)
+                           and self.seconds.get(item.nodeid, 0.0) < SLOW),
                           key=lambda item: (self.seconds.get(item.nodeid, 0.0) > 0.5, place[item.path],
                                             self.seconds.get(item.nodeid, 0.0)))
 
@@ -294,7 +296,7 @@ def log(folder: Path) -> str:
     """bench/mutation.log: per file the share of faults that a test caught, then what survived."""
     told = [f"python bench/mutate.py; torch {torch.__version__}, Python {sys.version.split()[0]}",
             "A fault is put into one place of a file at a time; caught: one of the file's tests fails.",
-            "tests/test_same.py does not count. [ ] is the 95 % interval (Wilson) of the share.", ""]
+            f"tests/test_same.py and tests of more than {SLOW:g} s do not count. [ ] is the 95 % interval (Wilson) of the share.", ""]
     below = []
     for kept in sorted(folder.glob("*.json")):
         state, file = json.loads(kept.read_text()), kept.stem.replace("+", "/")

@@ -323,7 +323,7 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay():
     ("vocab_size", 0), ("num_hidden_layers", -1), ("num_key_value_heads", 3), ("hidden_size", 0),
     ("head_dim", 7), ("rope_theta", 0.0), ("rms_norm_eps", float("nan")), ("rope_factor", 0.0),
     ("rope_high_freq_factor", 1.0), ("intermediate_size", 0), ("rope_theta", float("inf")),
-    ("max_position_embeddings", 0), ("num_attention_heads", 0), ("rope_low_freq_factor", 4.0)])
+    ("max_position_embeddings", 0), ("num_attention_heads", 0)])
 def test_an_impossible_config_names_the_field(field, value):
     with pytest.raises(ValueError, match=field):
         replace(Llama3Config.sized(2, 512, 61, 40), **{field: value})
