@@ -55,7 +55,8 @@ def parse(argv: list[str] | None, parser: Parser | None = None):
     parser = parser or Parser(prog="chat.py", description=__doc__.split("\n")[0],
                               allow_abbrev=False)
     add = parser.add_argument
-    add("weights", metavar="DIR", help="a checkpoint or an adapter: folder or file")
+    add("weights", metavar="DIR", help="a checkpoint or an adapter: folder, file, or "
+        "a name to be downloaded, as openai-community/gpt2")
     add("--base", metavar="DIR", help="where an adapter's base is, if not where its config says")
     add("--inspect", action="store_true", help="say what DIR is and needs, and end")
     add("--chat", choices=(*text.CHAT_FORMATS, "none"), help="converse so; none: complete text")
@@ -204,7 +205,10 @@ class Conversation:
         encode = self.tokenizer.encode
         if self.format is None:
             ids = [id for m in messages for id in m.get("ids") or encode(m["content"])]
-            return [*self.tokenizer.prefix_ids, *ids] or [self.tokenizer.end_id]
+            ids = [*self.tokenizer.prefix_ids, *ids]
+            if not ids and self.tokenizer.end_id is None:
+                raise ValueError("an empty text: this vocabulary has no token to begin one with")
+            return ids or [self.tokenizer.end_id]
         plain = [{key: m[key] for key in m if key != "ids"} for m in messages]
         replies = iter([m.get("ids") for m in messages if m["role"] == "assistant"])
         return [id for ids, is_reply in self.tokenizer.chat_parts(plain)
@@ -371,7 +375,8 @@ class Conversation:
         whole = whole and {*tensors} == {*kind._fields}
         if not whole or tensors["position"].tolist() != [len(seen)]:
             raise ValueError(f"{path} is damaged: its ids do not belong to its memory")
-        self.render(messages or [{"role": "user", "content": ""}])      # ValueError if it cannot be
+        if messages:
+            self.render(messages)            # ValueError if it cannot be
         self.state = moved(self.model, kind(**tensors), kind(**tensors).capacity)
         self.messages, self.seen = messages, seen
 

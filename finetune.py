@@ -25,7 +25,6 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-import json
 import math
 import shutil
 import sys
@@ -36,13 +35,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import cluster
 import tokenizer as text
 import train
+from card import write_card
 from checkpoints import (check_vocabulary, config_values, draw_log, eos_tokens, identify,
-                         load_checkpoint, load_resume, locate, make_run_directory, model_parts,
-                         publish, read_json, readable, resume_settings, save_resume,
-                         saved_tokenizer)
-from lora import add_lora, load_adapter, merged, save_adapter
+                         load_checkpoint, load_resume, make_run_directory, model_parts,
+                         publish, readable, resume_settings, save_resume, saved_tokenizer)
+from hub import locate
+from lora import adapter_folder, add_lora, find_base, load_adapter, merged, save_adapter
+from published import read_head, save_head, save_weights
 from rows import (EMPTY, Notices, RewardError, all_labels, chat_parts, content_of, conversation,
                   ending, excluded, header_rows, label_key, label_of, label_rows, load_reward,
                   naming, preference_rows, question_rows, read_rows, score_code, shown, split,
@@ -61,6 +63,8 @@ class Settings(train.Common):
     context: int | None = flag(None, "longest example, in tokens; the rest is cut off (1024, or "
                                "the model's)", "block_size", low=16)
     out: str | None = flag(None, "the run directory (out/MODEL-TASK, then out/MODEL-TASK-2, ...)")
+    base: str | None = flag(None, "where the base of an adapter in --init-from is, if it moved",
+                            needs="init_from")
     epochs: float | None = flag(None, "instead of --steps: passes over the data (by task)", above=0)
     lr: float | None = flag(None, "peak learning rate (by task and width)", "learning_rate",
                             above=0)
@@ -76,6 +80,9 @@ class Settings(train.Common):
     max_new_tokens: int = flag(64, "longest completion of grpo, and of samples", low=1)
     lora: int | None = flag(None, "train an adapter of this rank instead of the matrices", low=1)
     lora_alpha: float | None = flag(None, "its strength (twice the rank)", needs="lora", above=0)
+    base_dtype: str | None = flag(None, "what the frozen weights are kept in, to save memory; "
+                                  "computed in bfloat16 (fp32)", needs="lora",
+                                  choices=("bfloat16", "int8", "int4"))
     lora_targets: str = flag(r"\.\d+\.", "layers that get one, a regular expression; every block's",
                              needs="lora")
     merge: bool = flag(False, "write merged weights, no adapter; without --task: only that")
@@ -281,23 +288,26 @@ class Task(nn.Module):
         return batches(step)
 
     def batches(self, examples: list[dict]):
-        """Yield (examples, their batch on the device), as much at once as fits."""
-        for group in groups(examples, self.settings.micro_batch * self.settings.context):
-            yield group, train.to_device(collate(group, self.settings.context), self.run.device)
+        """Yield (examples, their batch on the device), as much at once as fits; on all of several
+        processes as many, with no examples where one has only repeated a batch."""
+        made = [*groups(examples, self.settings.micro_batch * self.settings.context)]
+        for group, real, _ in cluster.in_step(self.run, made):
+            batch = train.to_device(collate(group, self.settings.context), self.run.device)
+            yield group if real else [], batch
 
     @torch.no_grad()
     def total(self, sums, examples: list[dict]) -> list[float]:
         """sums(batch), a vector, added up over the examples, of which each process has a part."""
         mine, total = examples[self.run.rank::self.run.world], 0.0
-        for _, batch in self.batches(mine or examples[:1]):
+        for group, batch in self.batches(mine or examples[:1]):
             with self.run.autocast():
-                total = total + sums(batch).cpu().double()
-        return self.run.sum(*(total * bool(mine)).tolist())
+                total = total + sums(batch).cpu().double() * bool(mine and group)
+        return self.run.sum(*total.tolist())
 
     def save_pretrained(self, out: Path) -> None:
         """What checkpoints.publish writes of the weights."""
         if self.settings.lora and not self.settings.merge:
-            save_adapter(self.model, self.settings, out)
+            save_adapter(self.model, self.settings, out, self.settings.out)
         else:
             merged(self.model).save_pretrained(out)
 
@@ -359,9 +369,8 @@ class Classify(Task):
         super().__init__(settings, run, tokenizer, model, kept)
         self.labels, self.confusion = kept["labels"], None
         self.places = {label_key(label): n for n, label in enumerate(self.labels)}
-        self.head = nn.Linear(width(model), len(self.labels))
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.head = nn.Linear(width(model), len(self.labels), bias=kept.get("bias", False))
+        nn.init.normal_(self.head.weight, std=0.02)                     # a bias: of earlier runs
         if not settings.lora and settings.tune == "last":               # and the norm after it
             blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
             inside, last = ({id(p) for p in m.parameters()} for m in (blocks, blocks[-1]))
@@ -432,11 +441,8 @@ class Classify(Task):
             print(f"{self.labels[label]}\t{p:.3f}\t{' '.join(row['text'].split())}")
 
     def save_pretrained(self, out: Path) -> None:
-        from safetensors.torch import save
         super().save_pretrained(out)
-        with text.replacing(out / "head.safetensors") as file:
-            file.write(save(self.head.state_dict(),
-                            {"format": "pt", "labels": json.dumps(self.labels)}))
+        save_head(out, self.labels, self.head.state_dict(), self.tokenizer.pad_id)
 
 
 class DPO(Task):
@@ -562,6 +568,8 @@ class GRPO(Task):
             ids, group = prompt["rows"][0][0], drawn[n * size:(n + 1) * size]
             texts = [self.tokenizer.to_bytes([id for id in new if id not in self.silent], False)
                      .decode("utf-8", "replace") for new in group]
+            if self.tokenizer.chat_format:   # what is seen of a reply, as in chat.py
+                texts = [words.strip() for words in texts]
             rewards = self.score(prompt, texts, [new[-1] in self.stop for new in group])
             for new, words, reward, better in zip(group, texts, rewards, advantages(rewards)):
                 row = ([*ids, *new][:-1], [-100] * (len(ids) - 1) + new)
@@ -625,6 +633,18 @@ def check_settings(settings: Settings, given: set[str]) -> None:
             raise ValueError(f"{name} is a flag of --task {about['task']}")
         if spec.name in given and "needs" in about and not getattr(settings, about["needs"]):
             raise ValueError(f"{name} needs --{about['needs']}")
+    if settings.base_dtype:
+        if settings.base_dtype != "bfloat16" and settings.task == "grpo":
+            raise ValueError(f"--base-dtype {settings.base_dtype} is not for grpo, which needs the "
+                             "original weights too: take bfloat16")
+        if settings.merge or settings.dtype not in (None, "bfloat16"):
+            raise ValueError("--base-dtype computes in bfloat16 and leaves an adapter, which "
+                             "belongs to the original weights: without --dtype and --merge")
+        settings.dtype = "bfloat16"
+    if settings.shard and (settings.base_dtype or settings.task == "grpo"
+                           or settings.compile != "off"):
+        raise ValueError("--shard is for sft, classify and dpo (grpo draws on each process by "
+                         "itself), without --base-dtype and --compile")
     if settings.steps and settings.epochs:
         raise ValueError("--steps and --epochs each decide how long it takes: give one")
     if settings.task == "grpo" and settings.data and not settings.reward:
@@ -636,15 +656,18 @@ def open_start(settings: Settings):
     """(name in MODELS, model on the CPU, tokenizer) of --init-from: of a checkpoint, or of an
     adapter, which is merged with its base."""
     folder = base = locate(settings.init_from)
-    adapter = folder / "adapter_config.json"
-    if adapter.exists():
+    adapter = adapter_folder(folder)
+    if settings.base and not adapter:
+        raise ValueError(f"--base is for adapters, and {folder} is none")
+    if adapter:
         if settings.lora:
             raise ValueError(f"--lora: {folder} is an adapter itself: --merge it first")
-        base = locate(str(read_json(adapter).get("base_model_name_or_path")))
+        folder, base = adapter, find_base(adapter, settings.base)
     name = identify(base)
     values = config_values(model_parts(name)[1], settings.config)
-    model = load_checkpoint(base, "cpu", torch.float32, **values)
-    if adapter.exists():
+    dtype = torch.bfloat16 if settings.base_dtype else torch.float32
+    model = load_checkpoint(base, "cpu", None if settings.shard else dtype, **values)
+    if adapter:
         load_adapter(folder, model)
         model = merged(model)
     tokenizer = text.load_tokenizer(settings.tokenizer or folder)
@@ -657,12 +680,17 @@ def open_start(settings: Settings):
 
 def write_merged(settings: Settings, run: Run, name: str, model, tokenizer) -> None:
     """--merge without --task: the plain checkpoint that an adapter makes of its base."""
-    out = make_run_directory(settings.out, name)
-    model.save_pretrained(out)
+    out, place = make_run_directory(settings.out, name), Path(settings.init_from)
+
+    def save(folder):
+        model.save_pretrained(folder)
+        if head := read_head(place):
+            save_head(folder, *head, tokenizer.pad_id)
+    save_weights(save, out)
     tokenizer.save(out, model_max_length=model.config.context)
-    for extra in ("head.safetensors", "generation_config.json"):
-        if Path(settings.init_from, extra).exists():
-            shutil.copy(Path(settings.init_from, extra), out)
+    if (place / "generation_config.json").exists():
+        shutil.copy(place / "generation_config.json", out)
+    write_card(out)
     run.say(f"run        {out}: the merged weights")
 
 
@@ -693,14 +721,15 @@ def open_task(settings: Settings, run: Run, tokenizer, model, rows: list[dict], 
     """The task on the device, with new adapters, and with a new head or that of --init-from."""
     torch.manual_seed(settings.seed)         # adapters and heads are drawn
     if settings.lora:
-        add_lora(model, settings)
-    head, file = {}, Path(settings.init_from, "head.safetensors")
+        bits = settings.base_dtype if settings.base_dtype != "bfloat16" else None
+        add_lora(model, settings, bits)
+    head, start = {}, Path(settings.init_from)
     if settings.task == "classify" and not kept:
-        if file.exists():
-            from safetensors import safe_open
-            with readable(file), safe_open(file, framework="pt") as opened:
-                kept["labels"] = json.loads(opened.metadata()["labels"])
-                head = {name: opened.get_tensor(name) for name in opened.keys()}
+        with readable(start):
+            found = read_head(start)
+        if found:
+            kept["labels"], head = found
+            kept["bias"] = "bias" in head
         elif settings.predict:
             raise ValueError(f"--predict: {settings.init_from} has no head yet: train one first")
         else:
@@ -712,7 +741,7 @@ def open_task(settings: Settings, run: Run, tokenizer, model, rows: list[dict], 
     task.notices = notices
     if head:
         task.head.load_state_dict(head)
-    return task.to(run.device).train(settings.task == "sft")            # the others: no dropout
+    return task.train(settings.task == "sft")               # the others: no dropout
 
 
 def plan(settings: Settings, run: Run, name: str, task: Task, learn: list[dict],
@@ -733,6 +762,10 @@ def plan(settings: Settings, run: Run, name: str, task: Task, learn: list[dict],
     known = sum(id != -100 for e in learn for _, targets in e["rows"] for id in targets)
     sizes = {name: p.numel() for name, p in task.named_parameters()}    # GRPO's has its start, too
     total = sum(size for name, size in sizes.items() if not name.startswith("start."))
+    total += sum(m.frozen.shape.numel() for m in task.modules() if getattr(m, "frozen", None))
+    kept = sum(sizes.values())
+    if settings.base_dtype:                  # counted in numbers of 4 bytes
+        kept = sum(t.nbytes for t in [*task.parameters(), *task.buffers()]) // 4
     learned = sum(p.numel() for p in task.parameters() if p.requires_grad)
     source = ", ".join(settings.data) or "the source of Python's standard library"
     run.say(f"data       {source}: {len(learn)} examples to learn from, {len(held)} held out")
@@ -741,7 +774,7 @@ def plan(settings: Settings, run: Run, name: str, task: Task, learn: list[dict],
     run.say(f"model      {name}, {total:,} parameters, of which {learned:,} learn")
     with torch.device("meta"):
         empty = train.NextTokenLoss(type(task.model)(task.config).train())
-    train.plan_memory(settings, run, empty, rows, sum(sizes.values()), learned)
+    train.plan_memory(settings, run, empty, rows, kept, learned)
     run.say(f"plan       {settings.task}: {settings.steps} steps of {settings.batch} examples, "
             f"learning rate {settings.lr:.2g}" + (
                 f", chat format {settings.chat}" if settings.task != "classify" else ""))
@@ -752,7 +785,7 @@ def plan(settings: Settings, run: Run, name: str, task: Task, learn: list[dict],
 
 def finetune(settings: Settings, given: set[str]) -> None:
     """The script: model, rows, task, loop."""
-    saved = None
+    saved, again = None, cluster.restarted(settings, given)
     if settings.resume:
         out, saved = load_resume(settings.resume)
         settings, changed = resume_settings(Settings, saved, settings, given, out,
@@ -764,7 +797,12 @@ def finetune(settings: Settings, given: set[str]) -> None:
     if saved:
         name, tokenizer = saved["name"], saved_tokenizer(saved)
         model_class, config_class, _ = model_parts(name)
-        model = model_class(config_class(**saved["config"]))
+        if settings.base_dtype:              # what is frozen in few bits is not saved
+            _, model, _ = open_start(settings)
+            model.config = config_class(**saved["config"])
+        else:
+            with torch.device("meta" if settings.shard else "cpu"):
+                model = model_class(config_class(**saved["config"]))
     else:
         name, model, tokenizer = open_start(settings)
         if not settings.task:
@@ -774,9 +812,11 @@ def finetune(settings: Settings, given: set[str]) -> None:
     notices = Notices()
     reading = (settings.encoding, settings.columns, notices)
     rows = read_rows(place, *reading) if place else RECIPES[settings.task][1]()
+    if saved:
+        saved["task"].setdefault("bias", "head.bias" in saved["model"])
     task = open_task(settings, run, tokenizer, model, rows, saved["task"] if saved else {}, notices)
     if settings.predict:
-        task.predict(rows)
+        task.to(run.device).predict(rows)
         for notice in notices.lines():
             print(notice, file=sys.stderr)
         return
@@ -789,21 +829,31 @@ def finetune(settings: Settings, given: set[str]) -> None:
     if saved and key != saved["data"]:
         raise ValueError(f"--resume {settings.out}: the data have changed since it was started")
     nominal = plan(settings, run, name, task, learn, held)
-    if settings.task == "dpo":
-        task.remember_start(learn + held)
     if settings.checkpoint_activations:
         train.checkpoint_blocks(task.model)
+    whole = cluster.shard(task, run) if run.sharded else task.to(run.device)
+    if settings.task == "dpo":
+        task.remember_start(learn + held)
     batches = Batches(learn, settings, run)
     optimizer, scaler = train.make_optimizer(task, settings.weight_decay), run.scaler()
     step, best = 0, {"step": 0, "done": 0.0, "measures": {}}
 
+    def publish_weights():
+        with cluster.gathered(whole, task, run) as full:
+            if run.rank == 0:
+                publish(full, tokenizer, settings, run.out)
+
     def save():
+        with cluster.saving(task, optimizer, run, Path(settings.out), step) as folder:
+            if run.rank == 0:
+                tensors = {} if run.sharded else {"model": task.state_dict(),
+                                                  "optimizer": optimizer.state_dict()}
+                save_resume(folder, settings, run, tokenizer, key, task.config, name=name,
+                            step=step, before=before, best=best, task=task.kept,
+                            scaler=scaler.state_dict(), **tensors)
+        if settings.keep == "last" or best["step"] in (0, step):
+            publish_weights()
         if run.rank == 0:
-            save_resume(run.out, settings, run, tokenizer, key, task.config, name=name, step=step,
-                        before=before, best=best, task=task.kept, model=task.state_dict(),
-                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            if settings.keep == "last" or best["step"] in (0, step):
-                publish(task, tokenizer, settings, run.out)
             draw_log(run.out)
 
     @contextlib.contextmanager
@@ -816,7 +866,7 @@ def finetune(settings: Settings, given: set[str]) -> None:
             raise ValueError(f"{error}; the state after step {step} is saved: --resume {run.out} "
                              "goes on") from None
     if saved:
-        step, best = train.restore(run, saved, changed, task, optimizer, scaler)
+        step, best = train.restore(run, saved, changed, task, optimizer, scaler, task)
         if max(run.world, saved["world"]) > 1:                          # each has drawn its own
             task.kept.pop("round", None)
     held_out = held[:settings.eval_examples]
@@ -827,14 +877,17 @@ def finetune(settings: Settings, given: set[str]) -> None:
     if not saved:
         run.say(task.sample(held[:settings.samples]))
     if run.rank == 0:
-        run.out = out if saved else make_run_directory(settings.out, f"{name}-{settings.task}")
+        run.out = (out if saved else Path(settings.out) if again
+                   else make_run_directory(settings.out, f"{name}-{settings.task}"))
         settings.out = str(run.out)
+        cluster.mark_run(run.out)
         run.say(f"run        {run.out}")
         if not saved:
             run.log(step=0, **before)
-    loss = task
+    settings.out, loss = cluster.agree(run, settings.out), task
     if settings.compile != "off":            # else nothing is drawn before the loop
         loss = train.compile_loss(settings.compile, run, task, task.micro_batches(batches, step)[0])
+    loss = cluster.overlapping(loss, run, settings.task == "classify")
     pace = train.Pace(settings, run, step)
     with train.Interrupt() as interrupt, saving():
         while pace.done < 1:
@@ -859,8 +912,8 @@ def finetune(settings: Settings, given: set[str]) -> None:
                 run.say("           validation: " + train.shown(after))
                 if not best["step"] or better(after, best["measures"]):
                     best = {"step": step, "done": pace.done, "measures": after}
-                    if settings.keep == "best" and run.rank == 0:
-                        publish(task, tokenizer, settings, run.out)
+                    if settings.keep == "best":
+                        publish_weights()
                 elif settings.keep == "best":
                     pace.stop_if_no_better(step, best)
             if pace.done < 1 and pace.due(settings.sample_every, 3, step):
@@ -876,6 +929,8 @@ def finetune(settings: Settings, given: set[str]) -> None:
         run.say(task.sample(held[:settings.samples]))
     after = best["measures"] if settings.keep == "best" else task.measures(held_out)
     save()
+    if run.rank == 0:
+        write_card(run.out)
     if settings.keep == "best":
         run.say(f"the weights kept are those of step {best['step']}, the best validation")
     for measure, value in after.items():
@@ -887,6 +942,9 @@ def finetune(settings: Settings, given: set[str]) -> None:
         use = f"python finetune.py --merge --init-from {settings.out} --out NEW"
     run.say(f"{train.clock(time.time() - run.started)} in all, peak memory "
             f"{train.peak_bytes(run.device) / 2**30:.2f} GB. Use it:  {use}")
+    if not settings.data:
+        run.say(f"With your own examples: python finetune.py --task {settings.task} --init-from "
+                f"{settings.init_from} --data FILE ...")
 
 
 def better(measures: dict, than: dict) -> bool:

@@ -48,6 +48,7 @@ import json
 import math
 import os
 import re
+import shutil
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -457,11 +458,12 @@ class GLM4(nn.Module):
         if self.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
         kind = "Glm4" if self.config.sandwich_norms else "Glm"
+        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
         config = dict(architectures=[f"{kind}ForCausalLM"], model_type=kind.lower(),
-                      torch_dtype=str(self.lm_head.weight.dtype).removeprefix("torch."),
-                      hidden_act="silu", **asdict(self.config))
+                      torch_dtype=dtype, dtype=dtype, hidden_act="silu", **asdict(self.config))
         save_file(tensors, f"{weights}.part", {"format": "pt"})
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(f"{stated}.part", f"{weights}.part")            # safetensors leaves 0600
         os.replace(f"{weights}.part", weights)
         os.replace(f"{stated}.part", stated)
 
@@ -586,7 +588,7 @@ def to_ours(tensors, config: GLM4Config):
         if "query_key_value" in name:                                   # the rows of q, of k, of v
             for letter, part in zip("qkv", tensor.tensor_split((H * D, (H + K) * D))):
                 yield name.replace("query_key_value", f"{letter}_proj"), part
-        elif name != "model.rotary_pos_emb.inv_freq":                   # saved, never used
+        elif name not in ("model.rotary_pos_emb.inv_freq", "model.score.weight"):   # never used
             yield name, tensor
 
 

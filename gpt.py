@@ -37,6 +37,7 @@ import json
 import math
 import os
 import re
+import shutil
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -396,11 +397,13 @@ class GPT(nn.Module):
             if Path(directory, older).exists():
                 raise ValueError(f"{directory} holds {older}, another model: move it away")
         weights.parent.mkdir(parents=True, exist_ok=True)
+        dtype = str(self.wte.weight.dtype).removeprefix("torch.")
         config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
-                  "torch_dtype": str(self.wte.weight.dtype).removeprefix("torch."),
+                  "torch_dtype": dtype, "dtype": dtype, "n_ctx": self.config.n_positions,
                   **asdict(self.config), "bias": True}                  # to_published adds zeros
         save_file(to_published(self), f"{weights}.part", {"format": "pt"})
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(f"{stated}.part", f"{weights}.part")            # safetensors leaves 0600
         os.replace(f"{weights}.part", weights)
         os.replace(f"{stated}.part", stated)
 
@@ -514,9 +517,10 @@ def read_nanogpt(path: Path):
 
 
 def to_ours(tensors, transposed: bool):
-    """Yield (our name, our tensor), without mask buffers; Hugging Face's matrices are (in, out)."""
+    """Yield (our name, our tensor), without mask buffers and a classifier's head; Hugging Face's
+    matrices are (in, out)."""
     for name, tensor in tensors:
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):
+        if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "score.weight":
             turned = transposed and name.startswith("h.") and tensor.dim() == 2
             yield name, tensor.t().contiguous() if turned else tensor
 

@@ -47,6 +47,7 @@ import json
 import math
 import os
 import re
+import shutil
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -464,13 +465,14 @@ class Llama3(nn.Module):
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         if self.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
+        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
         config = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu",
-                      torch_dtype=str(self.lm_head.weight.dtype).removeprefix("torch."),
-                      **asdict(self.config))
+                      torch_dtype=dtype, dtype=dtype, **asdict(self.config))
         scaling = {"rope_type": "llama3", **{name: config.pop(f"rope_{name}") for name in SCALING}}
         config["rope_scaling"] = scaling if self.config.rope_factor != 1 else None
         save_file(tensors, f"{weights}.part", {"format": "pt"})
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(f"{stated}.part", f"{weights}.part")            # safetensors leaves 0600
         os.replace(f"{weights}.part", weights)
         os.replace(f"{stated}.part", stated)
 
@@ -572,9 +574,9 @@ def from_hugging_face(stated: dict) -> Llama3Config:
 
 
 def to_ours(path: Path):
-    """Yield (our name, tensor) from Hugging Face's files; old versions also saved RoPE's table."""
+    """Yield (our name, tensor) of Hugging Face's, but RoPE's table and a classifier's head."""
     for name, tensor in read_tensors(path):
-        if not name.endswith("rotary_emb.inv_freq"):
+        if not name.endswith("rotary_emb.inv_freq") and name != "score.weight":
             yield name if name.startswith("lm_head.") else f"model.{name}", tensor
 
 

@@ -24,6 +24,7 @@ class Run:
     world: int = 1
     started: float = 0.0                     # when the command was given
     out: Path | None = None                  # set on rank 0 once there is a directory
+    sharded: bool = False                    # weights are divided over the processes (cluster.py)
     line: str = ""                           # what a terminal shows until the next line
 
     def say(self, message: str) -> None:
@@ -59,8 +60,10 @@ class Run:
         return total.tolist()
 
     def autocast(self):
-        """Where the computation takes place in lower precision, if it does."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        """Where the computation takes place in lower precision, if it does. (FSDP gathers weights
+        in it already.)"""
+        lower = self.dtype != torch.float32 and not self.sharded
+        return torch.autocast(self.device.type, self.dtype, enabled=lower)
 
     def scaler(self) -> torch.amp.GradScaler:
         """Scales the loss where float16 could not hold the gradients; else does nothing."""
@@ -120,13 +123,18 @@ def start_run(settings, started: float) -> Run:
     """Choose device and precision; join the other processes if torchrun started this one."""
     device = choose_device(settings.device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
+    sharded = getattr(settings, "shard", False)
+    if world > 1 or sharded:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if world == 1 else {}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
     dtype, reason = choose_dtype(device, settings.dtype)
-    run = Run(device, dtype, rank, world, started=started)
+    if sharded and dtype == torch.float16:
+        raise ValueError("--shard needs bfloat16 or float32: float16 scales the loss, which FSDP's "
+                         "shards do not support")
+    run = Run(device, dtype, rank, world, started=started, sharded=sharded)
     run.say(f"device     {device}: " + ("asked for" if settings.device else "the best there is")
             + (f"; {torch.get_num_threads()} threads" if device.type == "cpu" else "")
             + (f"; {world} processes" if world > 1 else ""))

@@ -225,7 +225,8 @@ class TimeMix(nn.Module):
         """S before the first token, (B, H, D, D) fp32: zeros, or the tuned state."""
         if self.time_state is None:
             H, D = self.time_faaaa.shape
-            return self.time_faaaa.new_zeros(batch_size, H, D, D, dtype=torch.float32)
+            return torch.zeros(batch_size, H, D, D, dtype=torch.float32,
+                               device=self.time_faaaa.device)
         return self.time_state.float().mT.expand(batch_size, -1, -1, -1)    # stored value by key
 
     def forward(self, x, last, S):
@@ -495,8 +496,10 @@ class RWKV6(nn.Module):
         if others:                           # one of several: which, a reader could not tell
             raise ValueError(f"{directory} holds {', '.join(others)}: save into another folder")
         weights.parent.mkdir(parents=True, exist_ok=True)
+        dtype = str(self.emb.weight.dtype).removeprefix("torch.")
         config = {"architectures": ["RWKV6"], "model_type": "rwkv6", "tie_word_embeddings": False,
-                  "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
+                  "torch_dtype": dtype, "dtype": dtype, "hidden_size": self.config.n_embd,
+                  "num_hidden_layers": self.config.n_layer,
                   **asdict(self.config)}
         torch.save(dict(self.state_dict()), f"{weights}.part")
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -38,6 +38,7 @@ from pathlib import Path
 import regex                                    # tiktoken depends on it; Python's re knows no \p{L}
 import tiktoken
 
+from chat_templates import written_template
 from templates import Template, choose_format, find_template
 
 END, UNKNOWN = "<|endoftext|>", "\ufffd"
@@ -87,6 +88,7 @@ class Tokenizer:
         ends = ("<|eom_id|>", "<|eot_id|>", "<|user|>", "<|observation|>")
         self.turn_ids = {special_ids[name] for name in ends if name in special_ids}
         self.chat_format, self.chat_reason = chat_format, None
+        self.template_format = None          # the chat format that the template belongs to
 
     @property
     def chat_format(self):
@@ -117,6 +119,18 @@ class Tokenizer:
     def prefix_ids(self) -> tuple:
         glm = [self.special_ids[s] for s in ("[gMASK]", "<sop>", "sop") if s in self.special_ids]
         return tuple(glm) if len(glm) == 2 else () if self.bos_id is None else (self.bos_id,)
+
+    @property
+    def begin_id(self) -> int | None:
+        """bos elsewhere: where nothing begins a text, what ends a document, as in GPT-2."""
+        return self.bos_id if self.prefix_ids else self.end_id
+
+    @property
+    def pad_id(self) -> int | None:
+        """What fills up batches elsewhere (nothing here does): never part of a text."""
+        names = (text_of(self.config.get("pad_token")), "<|finetune_right_pad_id|>")
+        found = [self.special_ids[name] for name in names if name in self.special_ids]
+        return next((id for id in found if id < (self.model_size or self.vocab_size)), self.end_id)
 
     def encode(self, text: str) -> list[int]:
         """The ids of text as data: no control token comes out, and none is added."""
@@ -190,10 +204,16 @@ class Tokenizer:
         return self._files
 
     def saved_files(self, model_max_length: int | None = None) -> dict[str, bytes]:
-        """The vocabulary in the format it was read from, and tokenizer_config.json."""
+        """The vocabulary in the format it was read from, and tokenizer_config.json. A chat template
+        that came with it stays, unless another chat format was chosen since."""
         config = {**self.save_config(), "chat_format": self.chat_format}
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
+        if self.chat_format not in ("template", self.template_format):
+            config.pop("chat_template", None)
+        glm4 = {"persona": GLM4_PERSONA, "call": GLM4_CALL, "tools": GLM4_TOOLS}
+        if "chat_template" not in config and (made := written_template(self, glm4)):
+            config["chat_template"] = made
         text = json.dumps(config, ensure_ascii=False, indent=2)
         return {**self.files(), "tokenizer_config.json": text.encode()}
 
@@ -361,11 +381,11 @@ class ByteBPE(Tokenizer):
 
     def save_config(self):
         name = {id: name for name, id in self.special_ids.items()}
-        bos = name.get(self.bos_id if self.prefix_ids else self.end_id)  # the latter like GPT-2
         kept = {key: self.config[key] for key in ("eos_token", "bos_token", "chat_template")
                 if key in self.config}
         return {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name.get(self.end_id),
-                "bos_token": bos, "clean_up_tokenization_spaces": False, **kept}
+                "bos_token": name.get(self.begin_id), "clean_up_tokenization_spaces": False, **kept,
+                "pad_token": name.get(self.pad_id)}
 
 
 class Bytes(ByteBPE):
@@ -636,6 +656,7 @@ def load_tokenizer(path_or_name, kind: str | None = None) -> Tokenizer:
     folder, config, model = path if path.is_dir() else path.parent, {}, {}
     for place in dict.fromkeys((file.parent, folder)):
         config |= read_json(place / "tokenizer_config.json")
+        config |= read_json(place / "chat_template.json")               # its only key
         model |= read_json(place / "config.json") | read_json(place / "params.json")
     try:
         tokenizer = read_vocabulary(file, kind, config, model)
@@ -646,6 +667,7 @@ def load_tokenizer(path_or_name, kind: str | None = None) -> Tokenizer:
     tokenizer.config = config
     tokenizer.turn_ids |= {tokenizer.special_ids.get(text_of(config.get("eos_token")))} - {None}
     set_chat_format(tokenizer, template, kind)
+    tokenizer.template_format = tokenizer.chat_format
     return tokenizer
 
 
@@ -654,7 +676,8 @@ def set_chat_format(tokenizer: Tokenizer, template: str | None, kind: str | None
     config, name = tokenizer.config, {id: name for name, id in tokenizer.special_ids.items()}
     if template is not None:
         variables = {"bos_token": name.get(tokenizer.bos_id),
-                     "eos_token": name.get(tokenizer.end_id)}
+                     "eos_token": name.get(tokenizer.end_id),
+                     "pad_token": name.get(tokenizer.pad_id)}
         variables |= {key: text_of(config[key]) for key in config if key.endswith("_token")}
         tokenizer.template = Template(template, variables)
         if not isinstance(config.get("chat_template"), list):           # of several named ones
@@ -971,7 +994,11 @@ def world_chat(tokenizer, messages):
 
 
 def alpaca_chat(tokenizer, messages):
-    """Stanford Alpaca's prompt, for models without a format of their own; turns just follow."""
+    """Stanford Alpaca's prompt, for models without a format of their own; turns just follow. What
+    stands between two replies is one text. A space keeps a reply apart from the colon before it:
+    ":Yes" would be cut as one piece where a conversation is encoded as a whole (by other programs).
+    """
+    said = ""
     for message in messages:
         text, context = message["content"], message.get("input")
         if message["role"] == "user":
@@ -980,10 +1007,12 @@ def alpaca_chat(tokenizer, messages):
                     + ". Write a response that appropriately completes the request.\n\n"
                     + f"### Instruction:\n{text}\n\n"
                     + (f"### Input:\n{context}\n\n" if context else "") + "### Response:")
-        elif message["role"] == "system":
-            text += "\n\n"
-        end = [tokenizer.end_id] if message["role"] == "assistant" else []
-        yield message["role"], [], tokenizer.encode(text) + end
+        if message["role"] == "assistant":
+            body = tokenizer.encode_part(text and f" {text}", begins=False)
+            yield "assistant", tokenizer.encode(said), [*body, tokenizer.end_id]
+            said = ""
+        else:
+            said += text + "\n\n" * (message["role"] == "system")
 
 
 ROLES = ("system", "user", "assistant")

@@ -38,13 +38,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import cluster
 import data
 import tokenizer as text
+from card import write_card
 from checkpoints import (MODELS, can_draw, check_vocabulary, config_values, curve, draw_log,
-                         identify, is_out_of_memory, load_checkpoint, load_resume, locate,
+                         identify, is_out_of_memory, load_checkpoint, load_resume,
                          make_run_directory, measured, model_parts, publish, resume_settings,
                          save_resume, saved_tokenizer, write_settings, write_text)
 from flags import complain, flag, parse_settings, show_any_text
+from hub import locate
 from plan import (BYTES, EPOCHS, SHAPES, Shape, checkpoint_blocks, choose, peak_bytes, plan_memory,
                   smaller)
 from process import Interrupt, Pace, Run, clock, seconds_of, start_run
@@ -89,7 +92,10 @@ class Common:
     eval_every: int | None = flag(None, "steps between validations (a tenth)", low=1)
     sample_every: int | None = flag(None, "steps between samples (a third)", low=1)
     save_minutes: float = flag(5.0, "minutes between saves", low=0)
-    init_from: str | None = flag(None, "start from this checkpoint, with its tokenizer")
+    init_from: str | None = flag(None, "start from this checkpoint, with its tokenizer: folder, "
+                                "file, or a name to be downloaded, as openai-community/gpt2")
+    shard: bool = flag(False, "divide weights, gradients and moments over the processes that "
+                       "torchrun started (FSDP)")
     resume: str | None = flag(None, "go on with this run directory, bit-exactly")
     eval_only: bool = flag(False, "validate and stop: nothing is written but the token cache")
     settings: str | None = flag(None, "take settings from this file (a run's settings.json)")
@@ -323,26 +329,30 @@ def token_losses(model, hidden: torch.Tensor, targets: torch.Tensor, temperature
 
 @torch.no_grad()
 def validate(model, run: Run, ids: np.ndarray, context: int, first: int, limit: int) -> float:
-    """Nats a token over evenly spaced blocks of `ids`, `limit` tokens or so; `first` precedes."""
+    """Nats a token over evenly spaced blocks of `ids`, `limit` tokens or so; `first` precedes.
+
+    model: or its NextTokenLoss, which is what is sharded; then all processes compute in step.
+    """
+    loss = model if isinstance(model, NextTokenLoss) else NextTokenLoss(model)
     context = min(context, len(ids))
     starts = np.arange(0, len(ids), context)
     chosen = np.linspace(0, len(starts) - 1, max(1, min(len(starts), -(-limit // context))))
-    starts = starts[np.unique(chosen.astype(np.int64))][run.rank::run.world]
-    loss, was_training, total, count = NextTokenLoss(model), model.training, 0.0, 0
-    model.eval()
-    for group in np.array_split(starts, max(1, len(starts) * context // 8192)):
-        tokens, targets = np.zeros((2, len(group), context), np.int64)
+    starts = starts[np.unique(chosen.astype(np.int64))]
+    most, starts = -(-len(starts) // run.world), starts[run.rank::run.world]
+    total, count, was_training = 0.0, 0, model.training
+    loss.eval()
+    for group in np.array_split(starts, max(1, most * context // 8192)):
+        tokens, targets = np.zeros((2, max(1, len(group)), context), np.int64)
         targets[:] = -100
         for row, start in enumerate(group):
             block = ids[start:start + context].astype(np.int64)
             tokens[row, 0] = first if start == 0 else ids[start - 1]
             tokens[row, 1:len(block)], targets[row, :len(block)] = block[:-1], block
-        if len(group):
-            batch = {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
-            with run.autocast():
-                nats, known = loss(to_device(batch, run.device))
-            total, count = total + nats.item(), count + known.item()
-    model.train(was_training)
+        batch = {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
+        with run.autocast():
+            nats, known = loss(to_device(batch, run.device))
+        total, count = total + nats.item(), count + known.item()
+    loss.train(was_training)
     total, count = run.sum(total, count)
     return total / count
 
@@ -435,28 +445,24 @@ def training_step(run: Run, loss, optimizer, scaler, batches: list[dict], lr: fl
     """One step of the optimiser on the mean over all targets of a step; `batches` are this
     process's micro-batches. Returns (mean loss, norm of the gradient, number of targets).
 
-    Sums are accumulated and divided once, by the number of targets on all processes: unequal
-    micro-batches, and any number of processes, give the step of one large batch. Where loss or
-    gradient are not finite, no parameter changes. nominal: about that number, so that fp16 holds
-    the gradients meanwhile.
+    Sums are accumulated, averaged over the processes, and divided once, by the number of targets on
+    all processes: unequal micro-batches, and any number of processes, give the step of one large
+    batch. Where loss or gradient are not finite, no parameter changes. nominal: about that number,
+    so that fp16 holds the gradients meanwhile.
     """
     total, count = 0.0, 0
-    for batch in batches:
-        with run.autocast():
+    for batch, real, last in cluster.in_step(run, batches):
+        with run.autocast(), cluster.reducing(loss, last):
             nats, targets = loss(to_device(batch, run.device))
-        scaler.scale(nats / nominal).backward()
-        total, count = total + nats.detach(), count + targets
+        scaler.scale(nats / nominal * real).backward()
+        total, count = total + nats.detach() * real, count + targets * real
     total, count = run.sum(float(total), float(count))
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for parameter in parameters:
-        if run.world > 1:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
         if parameter.grad is not None:
-            parameter.grad.mul_(nominal / max(count, 1.0))
+            parameter.grad.mul_(run.world * nominal / max(count, 1.0))
     scaler.unscale_(optimizer)
-    norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+    norm = cluster.number(nn.utils.clip_grad_norm_(parameters, clip))
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     mean = total / max(count, 1.0)
@@ -469,7 +475,7 @@ def training_step(run: Run, loss, optimizer, scaler, batches: list[dict], lr: fl
 
 def compile_loss(asked: str, run: Run, loss, batch: dict):
     """The loss, compiled if asked for or worth it; a compiler that fails costs only a line."""
-    if asked == "off" or (asked == "auto" and run.device.type != "cuda"):
+    if asked == "off" or run.sharded or (asked == "auto" and run.device.type != "cuda"):
         return loss
     try:
         fast = torch.compile(loss)
@@ -546,7 +552,7 @@ def step_seconds(settings: Settings, run: Run, shape: Shape, enough: float) -> f
     rows = max(1, shape.tokens // shape.context // run.world)
     tokens = torch.randint(shape.vocab, (min(rows, max(1, 16384 // shape.context)), shape.context))
     batches = [{"tokens": tokens, "targets": tokens}] * -(-rows // len(tokens))
-    loss, times = NextTokenLoss(model), []
+    loss, times = cluster.overlapping(NextTokenLoss(model), run), []
     try:
         while len(times) < 4 and min(times, default=0) < 3 * enough:
             took = seconds_of(lambda: training_step(run, loss, optimizer, scaler, batches, 0.0, 1.0,
@@ -580,6 +586,11 @@ def check_settings(settings: Settings, given: set[str]) -> None:
         raise ValueError("--tokens-per-step and --batch-size decide the same: give one")
     if "vocab" in given and (settings.tokenizer or settings.init_from):
         raise ValueError("--vocab is for a new tokenizer: --tokenizer and --init-from have theirs")
+    if settings.shard:
+        if settings.optimizer == "muon" or settings.compile == "on":
+            raise ValueError("--shard needs --optimizer adamw, as Muon computes with whole "
+                             "matrices, and --compile off")
+        settings.optimizer = "adamw"
     if settings.init_from:
         found = identify(locate(settings.init_from))
         if "model" in given and settings.model != found:
@@ -598,7 +609,8 @@ def derive(settings: Settings, given: set[str], run: Run, corpus: Corpus, speed:
     own = not (settings.init_from or settings.size)                     # planned
     context = settings.context or 1024
     if settings.init_from:
-        model = load_checkpoint(settings.init_from, "cpu", torch.float32, **values)
+        dtype = None if settings.shard else torch.float32               # None: mapped, not read
+        model = load_checkpoint(settings.init_from, "cpu", dtype, **values)
         config = model.config
     else:
         if settings.size and settings.size not in sizes:
@@ -606,7 +618,7 @@ def derive(settings: Settings, given: set[str], run: Run, corpus: Corpus, speed:
         config = sizes[settings.size] if settings.size else config_class.sized(
             settings.layers, settings.width, tokenizer.vocab_size, context)
         config = dataclasses.replace(config, **{
-            "vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id,
+            "vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.begin_id,
             "eos_token_id": tokenizer.end_id, "pad_token_id": None, **values})
     check_vocabulary(config, tokenizer)
     if "context" in given and settings.context > (config.context or settings.context):
@@ -667,7 +679,7 @@ def opening(corpus: Corpus) -> str:
 
 def train(settings: Settings, given: set[str]) -> None:
     """The script: data, model, loop."""
-    saved = None
+    saved, again = None, cluster.restarted(settings, given)
     if settings.resume:
         out, saved = load_resume(settings.resume)
         settings, changed = resume_settings(Settings, saved, settings, given, out, HARMLESS)
@@ -683,12 +695,16 @@ def train(settings: Settings, given: set[str]) -> None:
     tokenizer, end = corpus.tokenizer, corpus.tokenizer.end_id
     config, model = derive(settings, given, run, corpus, speed)
     torch.manual_seed(settings.seed)
-    model = (model or model_parts(settings.model)[0](config)).to(run.device).train()
+    with torch.device("meta" if run.sharded else "cpu"):
+        model = model or model_parts(settings.model)[0](config)
     if settings.checkpoint_activations:
         checkpoint_blocks(model)
+    loss = NextTokenLoss(model).train()
+    whole = cluster.shard(loss, run) if run.sharded else loss.to(run.device)
 
     def check(limit: int):
-        nats = validate(model, run, corpus.val, settings.context, end, limit)
+        nats = validate(loss if run.sharded else model, run, corpus.val, settings.context, end,
+                        limit)
         return {"val_loss": nats,
                 "bits_per_byte": nats / math.log(2) * len(corpus.val) / corpus.val_bytes}
 
@@ -714,24 +730,36 @@ def train(settings: Settings, given: set[str]) -> None:
     optimizer, scaler = make_optimizer(model, settings.weight_decay, muon), run.scaler()
     step, best = 0, {"val_loss": math.inf, "step": 0, "done": 0.0}
     if saved:
-        step, best = restore(run, saved, changed, model, optimizer, scaler)
+        step, best = restore(run, saved, changed, model, optimizer, scaler, loss)
     if run.rank == 0:
-        run.out = out if saved else make_run_directory(settings.out, settings.model)
+        run.out = (out if saved else Path(settings.out) if again
+                   else make_run_directory(settings.out, settings.model))
         settings.out = str(run.out)
+        cluster.mark_run(run.out)
         run.say(f"run        {run.out}")
         write_settings(settings, run.out)
         tokenizer.save(run.out, model_max_length=config.context)
+        run.log(step=step, **rivals)
         can_draw()                           # now, because it takes a second or two
+    settings.out = cluster.agree(run, settings.out)
+
+    def publish_weights():
+        with cluster.gathered(whole, loss, run) as full:
+            if run.rank == 0:
+                publish(full.model, tokenizer, settings, run.out)
 
     def save():
-        if run.rank == 0:
-            if settings.keep == "last" or best["step"] in (0, step):
-                publish(model, tokenizer, settings, run.out)
-            save_resume(run.out, settings, run, tokenizer, corpus.key, config, step=step, best=best,
-                        model=model.state_dict(), optimizer=optimizer.state_dict(),
-                        scaler=scaler.state_dict())
+        if settings.keep == "last" or best["step"] in (0, step):
+            publish_weights()
+        with cluster.saving(loss, optimizer, run, Path(settings.out), step) as folder:
+            if run.rank == 0:
+                tensors = {} if run.sharded else {"model": model.state_dict(),
+                                                  "optimizer": optimizer.state_dict()}
+                save_resume(folder, settings, run, tokenizer, corpus.key, config, step=step,
+                            best=best, scaler=scaler.state_dict(), **tensors)
 
-    loss = compile_loss(settings.compile, run, NextTokenLoss(model), batches(step)[0])
+    step_loss = compile_loss(settings.compile, run, loss, batches(step)[0])
+    step_loss = cluster.overlapping(step_loss, run)
     everything = min(len(corpus.val), 30 * settings.eval_tokens)        # or a tenth of the time
     pace = Pace(settings, run, step)
     with Interrupt() as interrupt:
@@ -739,7 +767,7 @@ def train(settings: Settings, given: set[str]) -> None:
             begun = time.perf_counter()
             torch.manual_seed(run.step_seed(settings.seed, step))
             lr = learning_rate(settings, pace.done * pace.steps, pace.steps)
-            mean, norm, count = training_step(run, loss, optimizer, scaler, batches(step), lr,
+            mean, norm, count = training_step(run, step_loss, optimizer, scaler, batches(step), lr,
                                               settings.clip, settings.tokens_per_step)
             speed = count / (time.perf_counter() - begun)
             step += 1
@@ -757,9 +785,9 @@ def train(settings: Settings, given: set[str]) -> None:
                 run.say("           validation: " + shown(measures))
                 if measures["val_loss"] < best["val_loss"]:
                     best = {**measures, "step": step, "done": pace.done}
-                    if settings.keep == "best" and run.rank == 0:
+                    if settings.keep == "best":
                         with pace.closing_takes("saving", 2):
-                            publish(model, tokenizer, settings, run.out)
+                            publish_weights()
                 elif settings.keep == "best":
                     pace.stop_if_no_better(step, best)
             if pace.done < 1 and pace.due(settings.sample_every, 3, step):
@@ -775,18 +803,21 @@ def train(settings: Settings, given: set[str]) -> None:
     save()
     if settings.keep == "best" and best["step"] not in (0, step):
         step = best["step"]
-        take_back(model, run)
+        take_back(loss, run, settings.out)
     show()
     measures = check(everything)
     run.log(step=step, **measures, **rivals)
     finish(settings, run, step, measures | rivals)
 
 
-def restore(run: Run, saved: dict, changed: list[str], model, optimizer, scaler):
+def restore(run: Run, saved: dict, changed: list[str], model, optimizer, scaler, loss):
     """Go on where a resume.pt was written: (steps done, the best validation). Says what makes this
     differ in its last bits from a run that was never stopped."""
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    if run.sharded:
+        cluster.load_shards(loss, optimizer, Path(saved["folder"]))
+    else:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
     scaler.load_state_dict(saved["scaler"])
     run.started = time.time() - saved["spent"]
     if saved["world"] != run.world:
@@ -796,12 +827,15 @@ def restore(run: Run, saved: dict, changed: list[str], model, optimizer, scaler)
     return saved["step"], saved["best"]
 
 
-def take_back(model, run: Run) -> None:
+def take_back(loss: NextTokenLoss, run: Run, out: str) -> None:
     """Load the best weights, those in the run directory, on all processes."""
-    if run.rank == 0:
-        model.load_state_dict(load_checkpoint(run.out, "cpu", torch.float32).state_dict())
-    if run.world > 1:
-        for parameter in model.parameters():
+    if run.sharded:
+        dist.barrier()                       # they are written
+        cluster.load_rows(loss, NextTokenLoss(load_checkpoint(out)))
+    elif run.rank == 0:
+        loss.model.load_state_dict(load_checkpoint(out, "cpu", torch.float32).state_dict())
+    if run.world > 1 and not run.sharded:
+        for parameter in loss.parameters():
             dist.broadcast(parameter.data, 0)
 
 
@@ -809,14 +843,21 @@ def finish(settings: Settings, run: Run, step: int, measures: dict) -> None:
     """Say how it ended and what to do with it."""
     if run.rank > 0:
         return
+    write_card(run.out)
     losses = measured(run.out, "loss")
-    if losses and not (run.out / "loss.png").exists():
-        run.say(curve([*losses.values()]))
+    if (run.out / "loss.png").exists():
+        run.say(f"the curve is {run.out / 'loss.png'}, as matplotlib drew it")
+    elif losses:
+        run.say(curve([*losses.values()]) + "\nloss.png is drawn by matplotlib, which is not "
+                "installed: python -m pip install matplotlib, then python bench/plot.py "
+                f"{run.out}")
     run.say(f"\n{measures['bits_per_byte']:.3f} bits per byte of the held-out text, by the weights "
             f"of step {step}; gzip -9 needs {measures['gzip']:.3f}, xz -9e {measures['xz']:.3f}")
     run.say(f"{clock(time.time() - run.started)} in all, peak memory "
             f"{peak_bytes(run.device) / 2**30:.2f} GB. Talk to it:\n"
             f"python chat.py {run.out} --prompt {shlex.quote(settings.sample_prompt)}")
+    if not settings.data:
+        run.say("With your own text: python train.py --data FILE-OR-FOLDER ...")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -469,8 +469,10 @@ class RWKV3(nn.Module):
         if others:                           # one of several: which, a reader could not tell
             raise ValueError(f"{directory} holds {', '.join(others)}: save into another folder")
         weights.parent.mkdir(parents=True, exist_ok=True)
+        dtype = str(self.emb.weight.dtype).removeprefix("torch.")
         config = {"architectures": ["RWKV3"], "model_type": "rwkv3", "tie_word_embeddings": False,
-                  "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
+                  "torch_dtype": dtype, "dtype": dtype, "hidden_size": self.config.n_embd,
+                  "num_hidden_layers": self.config.n_layer,
                   **asdict(self.config)}
         tensors = dict(self.state_dict())
         if self.config.head_qk:              # the official code saves its mask of positions too

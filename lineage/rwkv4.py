@@ -193,7 +193,7 @@ class TimeMix(nn.Module):
 
     def first_state(self, batch_size: int) -> Tensor:
         """p, q, o before the first token, (B, 3, C) fp32: empty sums, o below every exponent."""
-        empty = self.time_decay.new_tensor([0.0, 0.0, -1e38], dtype=torch.float32)
+        empty = torch.tensor([0.0, 0.0, -1e38], dtype=torch.float32, device=self.time_decay.device)
         return empty[:, None].expand(batch_size, 3, len(self.time_decay))
 
     def forward(self, x, last, S):
@@ -443,8 +443,10 @@ class RWKV4(nn.Module):
         if others:                           # one of several: which, a reader could not tell
             raise ValueError(f"{directory} holds {', '.join(others)}: save into another folder")
         weights.parent.mkdir(parents=True, exist_ok=True)
+        dtype = str(self.emb.weight.dtype).removeprefix("torch.")
         config = {"architectures": ["RWKV4"], "model_type": "rwkv4", "tie_word_embeddings": False,
-                  "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
+                  "torch_dtype": dtype, "dtype": dtype, "hidden_size": self.config.n_embd,
+                  "num_hidden_layers": self.config.n_layer,
                   **asdict(self.config)}
         torch.save(dict(self.state_dict()), f"{weights}.part")
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

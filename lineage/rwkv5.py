@@ -475,8 +475,10 @@ class RWKV5(nn.Module):
         if others:                           # one of several: which, a reader could not tell
             raise ValueError(f"{directory} holds {', '.join(others)}: save into another folder")
         weights.parent.mkdir(parents=True, exist_ok=True)
+        dtype = str(self.emb.weight.dtype).removeprefix("torch.")
         config = {"architectures": ["RWKV5"], "model_type": "rwkv5", "tie_word_embeddings": False,
-                  "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
+                  "torch_dtype": dtype, "dtype": dtype, "hidden_size": self.config.n_embd,
+                  "num_hidden_layers": self.config.n_layer,
                   **asdict(self.config)}
         torch.save(dict(self.state_dict()), f"{weights}.part")
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

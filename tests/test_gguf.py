@@ -217,7 +217,7 @@ def test_the_command_says_what_it_wrote_and_what_to_do_next(tmp_path, golden):
     tokenizer = make_tokenizer("gpt", golden)
     make("gpt", tokenizer.vocab_size).save_pretrained(tmp_path / "run")
     tokenizer.save(tmp_path / "run")
-    done = run("-m", "practice.gguf", tmp_path / "run", tmp_path / "run.gguf")
+    done = run_here(ours.main, tmp_path / "run", tmp_path / "run.gguf")
     assert done.returncode == 0, done.stderr
     for word in ("gpt2", "matrices in f32", "ollama create run", "differs"):
         assert word in done.stdout
@@ -233,3 +233,12 @@ def test_the_command_says_what_it_wrote_and_what_to_do_next(tmp_path, golden):
         assert_one_line_error(run_here(ours.main, tmp_path / run_dir, tmp_path / out),
                               "practice.gguf", words)
     assert not [*tmp_path.glob("*.part")]
+
+
+@pytest.mark.slow
+def test_the_module_finds_the_package_of_its_own_name(tmp_path):
+    pytest.importorskip("gguf")
+    make("gpt", 257).save_pretrained(tmp_path / "run")
+    Bytes().save(tmp_path / "run")
+    done = run("-m", "practice.gguf", tmp_path / "run", tmp_path / "run.gguf")
+    assert done.returncode == 0 and (tmp_path / "run.gguf").exists(), done.stderr

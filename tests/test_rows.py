@@ -124,7 +124,7 @@ def test_tools_go_where_the_chat_format_has_them(tools):
 def test_a_message_of_weight_0_is_read_and_not_learnt(unlearnt, tokenizer):
     wrong = [ASKED[0], {"role": "assistant", "content": "Wrong.", **unlearnt}]
     messages = rows.conversation({"messages": wrong + ASKED})
-    assert learnt(tokenizer, messages) == "So.<|endoftext|>"
+    assert learnt(tokenizer, messages) == " So.<|endoftext|>"
     assert "Wrong." not in learnt(tokenizer, messages, everything=True)
     task = task_of("sft", tokenizer)
     assert task.prepare([{"messages": wrong}]) == []

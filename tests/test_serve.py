@@ -633,24 +633,30 @@ def test_an_error_within_a_stream_is_an_event_of_it(talks, monkeypatch):
 
 def test_the_command_listens_only_here_says_where_and_ends_with_ctrl_c(folders):
     command = [sys.executable, "-m", "practice.serve", str(folders["world"]), "--port", "0",
-               "--device", "cpu", "--fast", "off", "--max-new-tokens", "1000000"]
+               "--device", "cpu", "--fast", "off", "--temperature", "0", "--max-new-tokens",
+               "1000000"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)   # a child inherits "ignore"
     process = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
-    lines = []
-    while not lines or not lines[-1].startswith("open "):
-        lines.append(process.stderr.readline())
-        assert lines[-1], lines
-    port = int(lines[-1].split("127.0.0.1:")[1].split()[0])
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", "/v1/completions", json.dumps({"prompt": "Hi", "stream": True}),
-                       {"Content-Type": "application/json"})
-    assert connection.getresponse().readline().startswith(b"data: ")
-    process.send_signal(signal.SIGINT)          # while it answers
-    assert process.wait(30) == 0
-    told = process.stderr.read()
-    assert "[ended]" in told and "Traceback" not in told
-    connection.close()
-    process.stderr.close()
+    signal.signal(signal.SIGINT, before)
+    try:
+        lines = []
+        while not lines or not lines[-1].startswith("open "):
+            lines.append(process.stderr.readline())
+            assert lines[-1], lines
+        port = int(lines[-1].split("127.0.0.1:")[1].split()[0])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/v1/completions", json.dumps({"prompt": "Hi", "stream": True}),
+                           {"Content-Type": "application/json"})
+        assert connection.getresponse().readline().startswith(b"data: ")
+        process.send_signal(signal.SIGINT)      # while it answers
+        assert process.wait(30) == 0
+        told = process.stderr.read()
+        assert "[ended]" in told and "Traceback" not in told
+        connection.close()
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_the_users_mistakes_are_one_line(folders):

@@ -482,7 +482,7 @@ def test_alpaca_is_stanfords_prompt():
         "Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n"
-        "### Input:\n1 2\n\n### Response:3<|endoftext|>"
+        "### Input:\n1 2\n\n### Response: 3<|endoftext|>"
     )
     assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "Hi"}])) == (
         "Below is an instruction that describes a task. Write a response that appropriately "

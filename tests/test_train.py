@@ -786,5 +786,5 @@ def test_many_passes_over_a_text_are_warned_of(corpus, tmp_path, capsys):
 
 
 def test_importing_train_does_nothing(tmp_path):
-    done = run("-c", "import sys; sys.path.insert(0, %r); import train" % str(ROOT), cwd=tmp_path)
+    done = run("-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train", cwd=tmp_path)
     assert done.returncode == 0 and not done.stdout and not list(tmp_path.iterdir())
