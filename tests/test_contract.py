@@ -3,6 +3,7 @@ import importlib
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +175,21 @@ def test_a_model_is_loaded_in_the_dtype_asked_for_ready_to_use(name, tmp_path):
         assert all(p.requires_grad and p.is_contiguous() for p in again.parameters())
         assert not any(module.training for module in again.modules())
     assert {p.device.type for p in type(model).from_pretrained(tmp_path, "meta").parameters()} == {"meta"}
+
+
+@EIGHT
+def test_loading_maps_the_file_and_does_not_copy_it(name, tmp_path):
+    """The memory of the head lies in the mapping of the file."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc")
+    model = small(name)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps.read_text().splitlines()
+              if str(tmp_path) in line]
+    head = (again.lm_head if hasattr(again, "lm_head") else again.head).weight
+    assert any(low <= head.data_ptr() < high for low, high in ranges)
 
 
 @EIGHT
