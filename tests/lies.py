@@ -220,7 +220,8 @@ def attempt(open_it, size: int) -> str:
 
             def watch(event, arguments):
                 if event in FORBIDDEN or event == "open" and isinstance(arguments[1], str) \
-                        and set(arguments[1]) & set("wax+") and "/dev/" not in str(arguments[0]):
+                        and set(arguments[1]) & set("wax+") and isinstance(arguments[0], str) \
+                        and "/dev/" not in arguments[0]:
                     os.write(write, f"FAULT: {event} {arguments!r:.200}".encode())
                     os._exit(1)
             sys.addaudithook(watch)

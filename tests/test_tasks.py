@@ -107,7 +107,7 @@ def test_the_clipped_objective_lets_no_token_go_further_than_the_ratio():
     assert new.grad[0].tolist() == pytest.approx(want)
     gap = torch.tensor([[0.3]])
     loss = finetune.grpo_loss(torch.zeros(1, 1), torch.zeros(1, 1), gap, torch.zeros(1, 1), 0.2, 2.0)
-    assert loss.item() == pytest.approx(2 * (math.exp(0.3) - 1 - 0.3), rel=1e-6)
+    assert loss.item() == pytest.approx(2 * (math.exp(0.3) - 1 - 0.3), rel=1e-5)
     assert finetune.advantages([1.0, 1.0, 1.0]) == [0, 0, 0]
 
 
