@@ -1,14 +1,14 @@
 """Use a model: talk with it, give it one prompt, or have it answer a file of prompts.
 
     python chat.py out/gpt                       a run of train.py or finetune.py, or any checkpoint
-    python chat.py out/gpt --prompt "def "       one text, continued or answered
+    python chat.py out/gpt --prompt "def f"      one text, continued or answered
     python chat.py DIR --input prompts.jsonl --output answers.jsonl
     python chat.py DIR --inspect                 what DIR is taken for and why; nothing is loaded
 
 DIR may be an adapter (LoRA), which is merged with its base. It converses if the folder says that
 the model can (folder.py), else it completes text, and it says which and why; --chat decides
-otherwise. What was said stays in the model's memory: a turn computes only what is new, and a
-recurrent model's conversation, a file of a megabyte or less, goes on another day.
+otherwise. What was said stays in the model's memory: a turn computes only what is new, and /save
+keeps it for another day.
 
 From the top: command line; a conversation; typing; files of prompts.
 """
@@ -44,7 +44,7 @@ A message that begins with / needs a space before it. An empty line lets a text 
 
 
 def say(*words) -> None:
-    """What is not the model's goes to stderr: stdout has its words alone."""
+    """What is neither prompt nor answer goes to stderr."""
     print(*words, file=sys.stderr, flush=True)
 
 # ------------------------------------------------------------------------------------ command line
@@ -231,12 +231,12 @@ class Conversation:
         return id in self.stops and "\n\n" not in self.tokenizer.decode([id])
 
     def is_ended(self, reply: str) -> bool:
-        """Whether a text ends it, which may be of several tokens."""
+        """Whether it contains a stop text."""
         return any(end in reply for end in self.stop_texts)
 
     def visible(self, reply: str, growing: bool = False) -> str:
         """What is shown of a reply: formats begin it with white space, stop texts end it. While it
-        is growing, its end waits where it may be the beginning of one."""
+        is growing, an end that may begin a stop text is held back."""
         for end in self.stop_texts:
             reply = reply.split(end)[0]
         waits = [n for end in self.stop_texts for n in range(1, len(end))
@@ -545,7 +545,7 @@ def count_answered(target: Path, rows: list[dict], source: Path) -> int:
 
 def answer_file(source: Path, target: Path, batch_size: int, conversation: Conversation) -> None:
     """Answer each row of a file. Each line is written as soon as it and those before are answered;
-    what another run wrote is gone on from, with the same batches, so that a seed repeats."""
+    an earlier run is continued with the same batches, so that a seed repeats."""
     jobs = read_prompts(source, conversation)
     done = count_answered(target, [row for row, _ in jobs], source)
     if done == len(jobs):
@@ -554,7 +554,7 @@ def answer_file(source: Path, target: Path, batch_size: int, conversation: Conve
     if done:
         say(f"[{done:,} of {len(jobs):,} are answered in {target}; going on from there]")
     written, progress, start, tokens = done - done % batch_size, text.Progress(True), time.time(), 0
-    with open(target, "a", encoding="utf-8") as file:    # a place that cannot be written: at once
+    with open(target, "a", encoding="utf-8") as file:    # an unwritable file fails at once
         def write(drawn):
             nonlocal written, tokens
             if written >= done:

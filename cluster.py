@@ -245,8 +245,9 @@ def restarted(settings, given: set[str]) -> bool:
                          "itself")
     folder = Path(settings.out, "resume")
     mark = folder / "torchrun"
-    if not int(os.environ["TORCHELASTIC_RESTART_COUNT"]) or not mark.exists() \
-            or mark.read_text(encoding="utf-8") != this_torchrun():
+    first = not int(os.environ["TORCHELASTIC_RESTART_COUNT"])           # of several machines, one
+    if first and os.environ.get("GROUP_WORLD_SIZE", "1") == "1" or not mark.exists() \
+            or mark.read_text(encoding="utf-8") != this_torchrun():     # counts, the others do not
         return False
     if saved_shards(folder.parent) or (folder / "resume.pt").exists():
         settings.resume = settings.out

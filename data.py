@@ -84,7 +84,7 @@ def list_files(entry: Path, walked: set):
 
 
 def objection(path: Path, encoding, any_rows) -> str:
-    """"reason: what to do" if a file cannot be used, judged by its beginning; else ""."""
+    """Why a file cannot be used, by its beginning: "reason: what to do"; else ""."""
     try:
         if not path.is_file():
             return "not a file: it is a broken link, a pipe or a device"
@@ -114,7 +114,7 @@ def shorten(names) -> str:
 INVALID = "\udc80"      # in text as it is read: an invalid sequence of bytes
 codecs.register_error("mark", lambda error: (INVALID, error.end))
 
-MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le",            # in this order
+MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le",            # UTF-32 first
          codecs.BOM_UTF32_BE: "utf-32-be", codecs.BOM_UTF16_LE: "utf-16-le",
          codecs.BOM_UTF16_BE: "utf-16-be"}
 KINDS = {".jsonl": "lines", ".ndjson": "lines", ".jsonlines": "lines", ".json": "json",
@@ -122,7 +122,7 @@ KINDS = {".jsonl": "lines", ".ndjson": "lines", ".jsonlines": "lines", ".json": 
 
 
 def kind_of(path: Path) -> str:
-    """"lines" (JSON lines), "json", "parquet" or "text", by the name without .gz."""
+    """The kind, by the name without .gz: "lines" (JSON lines), "json", "parquet" or "text"."""
     return KINDS.get(Path(path.name.lower().removesuffix(".gz")).suffix, "text")
 
 
@@ -282,7 +282,7 @@ def sample(files, encoding=None, seed=0, limit=64 << 20, whole=False):
     whole: nothing of these files is held out.
 
     Of more it reads about as much: blocks of PIECE bytes, evenly spread over all files. (Of a .gz,
-    .json or .parquet that is how it begins. The last tenth of a text is counted in bytes here.)
+    .json or .parquet its beginning. The last tenth of a text is counted in bytes here.)
     """
     by_document = not whole and splits_by_document(files, encoding, seed)
     number = itertools.count()
@@ -474,8 +474,7 @@ def open_tokens(path, vocab_size: int | None = None, headerless=False) -> tuple[
                 raise ValueError
         expected = start + {"uint16": 2, "uint32": 4}[header["dtype"]] * header["tokens"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a token file written by this project (nanoGPT's: "
-                         "headerless=True)") from None
+        raise ValueError(f"{path} is not a token file written by this project") from None
     if size != expected:
         raise ValueError(f"{path} has {size} bytes instead of {expected}: it is cut off or damaged")
     dtype, crc, highest = np.dtype(header["dtype"]).newbyteorder("<"), 0, -1

@@ -56,7 +56,7 @@ from train import Run, flag
 
 @dataclasses.dataclass
 class Settings(train.Common):
-    """Settings of finetune.py. task: the only one that a flag belongs to; needs: another flag."""
+    """Settings of finetune.py. task, needs: the --task and the flag that a flag requires."""
     data: list[str] = flag([], "files of examples (without: made from Python's standard library)")
     columns: list[str] = flag([], "OURS=THEIRS: names of columns, as label=v1 text=v2")
     tokenizer: str | None = flag(None, "folder, file or name (the checkpoint's)")
@@ -69,7 +69,7 @@ class Settings(train.Common):
     lr: float | None = flag(None, "peak learning rate (by task and width)", "learning_rate",
                             above=0)
     weight_decay: float = flag(0.0, "decay of the matrices", low=0)
-    compile: str = flag("off", "compile the step", choices=("auto", "on", "off"))
+    compile: str = flag("off", "compile the loss", choices=("auto", "on", "off"))
     task: str | None = flag(None, "what is learned", choices=("sft", "classify", "dpo", "grpo"))
     hold_out: float = flag(0.1, "fraction of the data to validate on", above=0, high=0.5)
     chat: str | None = flag(None, "chat format, or none: plain text (the tokenizer's own, else "
@@ -91,13 +91,13 @@ class Settings(train.Common):
                      task="classify")
     balance: bool = flag(False, "drop examples until all labels have as many", task="classify")
     predict: str | None = flag(None, "label the texts of this file, and stop", task="classify")
-    beta: float = flag(0.1, "what leaving the start costs", task="dpo", above=0)
+    beta: float = flag(0.1, "DPO's beta, as in the paper", task="dpo", above=0)
     label_smoothing: float = flag(0.0, "fraction of wrong preferences", task="dpo", low=0, high=0.5)
     reward: str | None = flag(None, "EXECUTED file with reward(prompt, completion)", task="grpo")
     group: int = flag(8, "completions of each prompt", task="grpo", low=2)
     temperature: float = flag(0.8, "of sampling", task="grpo", above=0)
     updates: int = flag(2, "steps on the same completions", task="grpo", low=1)
-    clip_ratio: float = flag(0.2, "how far they may change a probability", task="grpo", above=0)
+    clip_ratio: float = flag(0.2, "PPO's clipping range of the ratio", task="grpo", above=0)
     kl: float = flag(0.05, "weight of the divergence from the start", task="grpo", low=0)
 
 # ---------------------------------------------------------------------------------- the four losses
@@ -191,7 +191,7 @@ def length(example: dict) -> int:
 def groups(examples: list[dict], budget: int):
     """Yield lists of examples of similar length: at most `budget` tokens each, padding included.
 
-    A batch more costs a small model the time of about 128 tokens: so much padding is worth it.
+    For a small model one more batch costs about as much as 128 tokens of padding.
     """
     group = []
     for example in sorted(examples, key=length):
@@ -208,7 +208,7 @@ def groups(examples: list[dict], budget: int):
 def collate(examples: list[dict], context: int) -> dict[str, Tensor]:
     """One batch: "tokens", "targets" (B, T) and "length" (B,) of all rows; their numbers, (b,).
 
-    A row holds one example, then padding, which is no target. As no architecture looks to the
+    A row holds one sequence, then padding, which is no target. As no architecture looks to the
     right, nothing leaks from one example into another: not by attention, not by a state. T is a
     multiple of 16, if the context allows: for each new shape, kernels must be found or compiled.
     """
@@ -252,6 +252,7 @@ class Task(nn.Module):
     torch.compile can wrap it. Each of the four has, too, example(row): {"rows": [(inputs, targets),
     ...]} and what else the loss needs, or None where nothing is to be learnt; measures(examples):
     {name: value}; sample(examples): a text. kept: what a resumed run needs beside the weights."""
+    unit = "tokens"                          # what its targets are
 
     def __init__(self, settings: Settings, run: Run, tokenizer, model, kept: dict):
         super().__init__()
@@ -287,9 +288,9 @@ class Task(nn.Module):
         """What this process learns from in a step."""
         return batches(step)
 
-    def batches(self, examples: list[dict]):
-        """Yield (examples, their batch on the device), as much at once as fits; on all of several
-        processes as many, with no examples where one has only repeated a batch."""
+    def on_device(self, examples: list[dict]):
+        """Yield (examples, their batch on the device), as much at once as fits. With --shard, all
+        processes yield equally many: a repeated batch has no examples."""
         made = [*groups(examples, self.settings.micro_batch * self.settings.context)]
         for group, real, _ in cluster.in_step(self.run, made):
             batch = train.to_device(collate(group, self.settings.context), self.run.device)
@@ -299,7 +300,7 @@ class Task(nn.Module):
     def total(self, sums, examples: list[dict]) -> list[float]:
         """sums(batch), a vector, added up over the examples, of which each process has a part."""
         mine, total = examples[self.run.rank::self.run.world], 0.0
-        for group, batch in self.batches(mine or examples[:1]):
+        for group, batch in self.on_device(mine or examples[:1]):
             with self.run.autocast():
                 total = total + sums(batch).cpu().double() * bool(mine and group)
         return self.run.sum(*total.tolist())
@@ -364,18 +365,20 @@ def width(model) -> int:
 
 class Classify(Task):
     """Which label a text has: a linear head on the hidden vector of its last token."""
+    unit = "texts"
 
     def __init__(self, settings, run, tokenizer, model, kept):
         super().__init__(settings, run, tokenizer, model, kept)
         self.labels, self.confusion = kept["labels"], None
         self.places = {label_key(label): n for n, label in enumerate(self.labels)}
-        self.head = nn.Linear(width(model), len(self.labels), bias=kept.get("bias", False))
-        nn.init.normal_(self.head.weight, std=0.02)                     # a bias: of earlier runs
-        if not settings.lora and settings.tune == "last":               # and the norm after it
+        bias = kept.get("bias", False)       # of earlier runs
+        self.head = nn.Linear(width(model), len(self.labels), bias=bias)
+        nn.init.normal_(self.head.weight, std=0.02)
+        if not settings.lora and settings.tune == "last":
             blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
             inside, last = ({id(p) for p in m.parameters()} for m in (blocks, blocks[-1]))
             for p in model.parameters():
-                p.requires_grad_(id(p) in last or p.dim() == 1 and id(p) not in inside)
+                p.requires_grad_(id(p) in last or p.dim() == 1 and id(p) not in inside)  # last norm
 
     def logits(self, batch: dict) -> Tensor:
         """(B, K) fp32."""
@@ -447,9 +450,10 @@ class Classify(Task):
 
 class DPO(Task):
     """Direct preference optimisation: of two replies, make the chosen one more likely."""
+    unit = "pairs"
 
     def log_ratios(self, batch: dict) -> Tensor:
-        """(b,): log p(chosen) - log p(rejected); the rows of a batch are one and the other."""
+        """(b,): log p(chosen) - log p(rejected); they alternate in the batch."""
         chosen, rejected = log_probs(self.model, batch).sum(1).view(-1, 2).unbind(1)
         return chosen - rejected
 
@@ -482,7 +486,7 @@ class DPO(Task):
         """Give each example its log-ratio at the start; a resumed run has kept it."""
         if "reference" not in self.kept:
             self.run.say(f"reference  log-probabilities of {len(examples)} pairs at the start")
-            for group, batch in self.batches(examples[self.run.rank::self.run.world]):
+            for group, batch in self.on_device(examples[self.run.rank::self.run.world]):
                 with self.run.autocast():
                     for example, ratio in zip(group, self.log_ratios(batch).tolist()):
                         example["reference"] = ratio
@@ -505,7 +509,7 @@ class DPO(Task):
         """Held-out pairs and their margins."""
         lines = []
         for example in examples:
-            [(_, batch)] = self.batches([example])
+            [(_, batch)] = self.on_device([example])
             (*asked, chosen), (*_, rejected) = example["messages"]
             lines += [f"margin {self.margins(batch).item():+.2f}  {shown(asked)}",
                       f"    chosen   {chosen['content']!r:.80}",
@@ -578,7 +582,7 @@ class GRPO(Task):
         return made
 
     def means(self, made: list[dict]) -> dict:
-        """Of completions drawn: reward, length, and which part no other of their group equals."""
+        """Means over completions: reward, length; the fraction that is distinct in its group."""
         size = self.settings.group
         different = sum(len({m["text"] for m in made[i:i + size]})
                         for i in range(0, len(made), size))
@@ -598,7 +602,7 @@ class GRPO(Task):
         """Micro-batches of new completions, with their log-probabilities now and at the start."""
         made, batches = self.draw(prompts, self.run.step_seed(self.settings.seed, step)), []
         self.kept["means"] = self.means(made)
-        for _, batch in self.batches(made):
+        for _, batch in self.on_device(made):
             with self.run.autocast():
                 batch["old"] = log_probs(self.model, batch, self.settings.temperature)
                 batch["reference"] = (log_probs(self.start, batch, self.settings.temperature)
@@ -695,7 +699,8 @@ def write_merged(settings: Settings, run: Run, name: str, model, tokenizer) -> N
 
 
 def fill_defaults(settings: Settings, tokenizer, model) -> None:
-    """Decide what was left open and does not need the data."""
+    """Decide what was left open and does not need the data: also the chat format, and which tokens
+    end a reply, in the tokenizer and in the model's config."""
     _, _, batch, epochs, rate = RECIPES[settings.task]
     settings.batch = settings.batch or batch
     settings.epochs = settings.epochs or (None if settings.steps else epochs)
@@ -703,8 +708,9 @@ def fill_defaults(settings: Settings, tokenizer, model) -> None:
     if most and (settings.context or 0) > most:
         raise ValueError(f"--context {settings.context}: the model's is {most}")
     settings.context = settings.context or min(1024, most or 1024)
-    if settings.lora:                        # its learning rate need not fall as fast with width
+    if settings.lora:
         settings.lora_alpha = settings.lora_alpha or 2.0 * settings.lora
+    # the learning rate of an adapter need not fall as fast with the width
     settings.lr = settings.lr or 1e-3 * rate * (3 * narrow if settings.lora else narrow**2)
     if settings.chat is None:                # a model that completes text goes on doing so
         plain = settings.task == "grpo" and not (settings.data and tokenizer.chat_format)
@@ -746,7 +752,7 @@ def open_task(settings: Settings, run: Run, tokenizer, model, rows: list[dict], 
 
 def plan(settings: Settings, run: Run, name: str, task: Task, learn: list[dict],
          held: list[dict]) -> float:
-    """Decide what depends on data and machine, and say it; about how many targets a step has."""
+    """Decide what depends on data and machine, and say it; roughly the targets of a step."""
     if settings.batch < run.world:
         raise ValueError(f"--batch {settings.batch} leaves some of {run.world} processes idle")
     for what, examples in (("learn from", learn), ("measure on", held)):
@@ -813,7 +819,7 @@ def finetune(settings: Settings, given: set[str]) -> None:
     reading = (settings.encoding, settings.columns, notices)
     rows = read_rows(place, *reading) if place else RECIPES[settings.task][1]()
     if saved:
-        saved["task"].setdefault("bias", "head.bias" in saved["model"])
+        saved["task"].setdefault("bias", "head.bias" in saved.get("model", ()))
     task = open_task(settings, run, tokenizer, model, rows, saved["task"] if saved else {}, notices)
     if settings.predict:
         task.to(run.device).predict(rows)
@@ -900,7 +906,7 @@ def finetune(settings: Settings, given: set[str]) -> None:
             speed = count / (time.perf_counter() - begun)
             step += 1
             pace.after(step)
-            pace.report(step, mean, lr, norm, speed, **task.kept.get("means", {}))
+            pace.report(step, mean, lr, norm, speed, task.unit, **task.kept.get("means", {}))
             if pace.skipped == 10:
                 step -= 10
                 save()

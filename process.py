@@ -128,8 +128,13 @@ def start_run(settings, started: float) -> Run:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
-        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if world == 1 else {}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
+        store = dist.HashStore() if world == 1 else None
+        if world > 1 and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            # torchrun keeps its store: after a restart the addresses of lost processes are there
+            store, _, _ = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        ranks = dict(store=store, rank=rank, world_size=world) if store is not None else {}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **ranks)
     dtype, reason = choose_dtype(device, settings.dtype)
     if sharded and dtype == torch.float16:
         raise ValueError("--shard needs bfloat16 or float32: float16 scales the loss, which FSDP's "
@@ -176,8 +181,8 @@ class Pace:
         else:
             self.left = each * (self.steps - step)
 
-    def report(self, step: int, loss: float, lr: float, norm: float, tokens_per_s: float,
-               **drawn) -> None:
+    def report(self, step: int, loss: float, lr: float, norm: float, speed: float,
+               unit: str = "tokens", **drawn) -> None:
         """Say and log how a step went; count it if it was skipped. drawn: measures of GRPO."""
         run, finite = self.run, math.isfinite(loss) and math.isfinite(norm)
         self.skipped = 0 if finite else self.skipped + 1
@@ -185,11 +190,12 @@ class Pace:
             run.say(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: skipped")
         earned = f"  reward {drawn['reward']:.3f}" if drawn else ""
         run.say_step(f"step {step}/{self.steps}  loss {loss:.4f}{earned}  lr {lr:.2e}  norm "
-                     f"{norm:.2f}  {tokens_per_s:,.0f} tokens/s  {clock(self.left)} left", step,
+                     f"{norm:.2f}  {speed:,.0f} {unit}/s  {clock(self.left)} left", step,
                      self.steps)
-        run.log(step=step, loss=loss, lr=lr, norm=norm, tokens_per_s=tokens_per_s,
+        run.log(step=step, loss=loss, lr=lr, norm=norm,
                 skipped=self.skipped, seconds=time.time() - run.started,
                 peak_bytes=peak_bytes(run.device),
+                **{f"{unit}_per_s": speed},
                 **{f"drawn_{name}": value for name, value in drawn.items()})
 
     @property

@@ -2,7 +2,7 @@
 
     load_tokenizer("out/gpt")      the tokenizer in a folder (of a checkpoint or a run) or a file
     load_tokenizer("bytes")        256 bytes and <|endoftext|>: nothing to train or download
-    train_bpe(texts, 4096)         a new byte-level BPE vocabulary
+    train_bpe(texts, 4095)         a new byte-level BPE vocabulary
 
 Text is data: "<|eot_id|>" in a text becomes the tokens of those characters, never the control
 token. Control tokens come only from `chat_parts`, which writes each model's own chat format:
@@ -122,12 +122,12 @@ class Tokenizer:
 
     @property
     def begin_id(self) -> int | None:
-        """bos elsewhere: where nothing begins a text, what ends a document, as in GPT-2."""
+        """bos_token for other programs: without one, the end of a document, as in GPT-2."""
         return self.bos_id if self.prefix_ids else self.end_id
 
     @property
     def pad_id(self) -> int | None:
-        """What fills up batches elsewhere (nothing here does): never part of a text."""
+        """The padding token for other programs: its own, else the end of a document."""
         names = (text_of(self.config.get("pad_token")), "<|finetune_right_pad_id|>")
         found = [self.special_ids[name] for name in names if name in self.special_ids]
         return next((id for id in found if id < (self.model_size or self.vocab_size)), self.end_id)
@@ -158,7 +158,7 @@ class Tokenizer:
         """[(ids, is_reply), ...] of [{"role", "content"}, ...] in the model's own chat format.
 
         Ends where the assistant begins to speak, or with the id that ends its turn if the last
-        message is its own; so these parts stay the first parts of what the conversation becomes.
+        message is its own.
         ValueError: no chat format, or a message with a role or key that the format does not know.
         """
         if self.chat_format is None:
@@ -313,15 +313,15 @@ class AddedTokens:
 class ByteBPE(Tokenizer):
     """Byte-level BPE, run by tiktoken: GPT-2, Llama 3, GLM-4, GPT-NeoX, our own.
 
-    ranks    token -> id; the lower merges first (ids, if given, turns ranks into other ids)
+    ranks    token -> rank, the lower merges first; ids[rank] is the id (without ids: rank)
     pattern  cuts text into pieces, each of which is merged by itself
     merges   [(left, right), ...], for saving; None: every pair that makes a token is a merge
     added    the "added_tokens" of a tokenizer.json: those not special are found in text
 
     tiktoken looks a whole piece up before it merges, as Llama 3 needs: 588 of its tokens cannot be
     reached by merging. Meta's code also cuts texts of 400,000 characters and runs of 25,000 spaces
-    or non-spaces, which changes ids there. We do not, like transformers: so a text packed in parts
-    has the ids of the whole.
+    or non-spaces, which changes ids there. Like transformers, we do not (only white space of over
+    50,000 characters is cut): so a text packed in parts has the ids of the whole.
     """
 
     RUN = 50_000  # characters: endless white space overflows the stack of tiktoken's regex engine
@@ -375,7 +375,8 @@ class ByteBPE(Tokenizer):
             model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
                        end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
                        ignore_merges=self._merges is None,
-                       vocab={text[token]: id for token, id in self._ranks.items()},
+                       vocab={text[token]: self._ids[rank] if self._ids else rank
+                              for token, rank in self._ranks.items()},
                        merges=[f"{text[a]} {text[b]}" for a, b in merges]))
         return {"tokenizer.json": json.dumps(data, ensure_ascii=False).encode()}
 
@@ -404,7 +405,8 @@ class Bytes(ByteBPE):
 
 def train_bpe(texts, vocab_size: int, *, pattern=GPT4_PATTERN, progress=False,
               notices: list | None = None) -> ByteBPE:
-    """Byte-level BPE from an iterable of texts: vocab_size - 256 merges and then <|endoftext|>.
+    """Byte-level BPE from an iterable of texts: vocab_size - 256 merges, then <|endoftext|>, which
+    vocab_size does not count.
 
     Again and again the most frequent pair of neighbours becomes a token; of equally frequent pairs
     the one with the smallest tokens. Counts are kept up to date over the distinct words (pieces of

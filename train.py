@@ -13,7 +13,7 @@ schedule, `learning_rate`. finetune.py imports what it needs from here.
 The recipe is stated in tokens per step: how many sequences go through the model at once, and how
 often gradients are accumulated, follows from it, on one process or on many (torchrun). Parameters
 are fp32 and computed with under autocast. The order of the data depends on the seed and the step
-alone, dropout also on the number of processes: a resumed run gives the same bits.
+alone, dropout also on the number of processes: with --steps, a resumed run gives the same bits.
 """
 import time
 
@@ -58,7 +58,7 @@ MINUTES = 2.75                               # of a run for which nothing was sa
 
 @dataclass
 class Common:
-    """Settings of train.py and finetune.py. Each is a flag; None: derived, see `derive`."""
+    """Settings of train.py and finetune.py. Each is a flag; None: it was not given."""
     data: list[str] = flag([], "text files, .jsonl with \"text\", folders or patterns of them, or "
                            "a folder with train.bin and val.bin (without: the source of Python's "
                            "standard library)")
@@ -111,21 +111,22 @@ class Settings(Common):
     vocab: int | None = flag(None, "size of a new vocabulary, specials too (planned)", low=257)
     minutes: float | None = flag(None, "instead of --steps: all the time it takes, from "
                                  f"command to end ({MINUTES}; {EPOCHS} epochs if less)", low=0.05)
-    plan: bool = flag(False, "say what would be trained, and stop")
+    plan: bool = flag(False, "say what was planned, and stop")
     optimizer: str | None = flag(None, "of the matrices inside the blocks (muon; with "
                                  "--init-from adamw)", choices=("muon", "adamw"))
     muon_lr: float = flag(0.02, "peak learning rate of Muon", above=0)
     tokens_per_step: int | None = flag(None, "tokens in a step (planned; with --size or "
                                        "--init-from 16384)", low=2)
     batch_size: int | None = flag(None, "instead of --tokens-per-step: sequences in a step", low=1)
-    eval_tokens: int | None = flag(None, "tokens of a validation on the way (those of all ten "
-                                   "take a thirtieth of the time); the last reads all", low=1)
+    eval_tokens: int | None = flag(None, "tokens of a validation on the way (ten take a "
+                                   "thirtieth of the time; the last reads up to 30 times as many)",
+                                   low=1)
     sample_prompt: str | None = flag(None, "what samples begin with (the beginning of the held-out "
                                      "text)")
     workers: int | None = flag(None, "processes that pack text (as many as pay)", low=1)
 
 
-# These do not change the weights, so that a resumed run may have others.
+# These do not change a training step: a resumed run may have others.
 HARMLESS = {"out", "keep", "resume", "settings", "workers", "eval_every", "eval_tokens",
             "sample_every", "sample_prompt", "save_minutes"}
 
@@ -224,7 +225,7 @@ def pack_corpus(files, val, tokenizer, folder: Path, settings: Settings, run: Ru
 
 
 def read_token_folder(folder: Path, tokenizer) -> Corpus:
-    """A folder with train.bin and val.bin: ours, or nanoGPT's, which has no tokenizer."""
+    """A folder with train.bin and val.bin: ours, or nanoGPT's with --tokenizer or meta.pkl."""
     if tokenizer is None and (folder / "tokenizer_config.json").exists():
         tokenizer = text.load_tokenizer(folder)
     if tokenizer is None:
@@ -310,7 +311,7 @@ def token_losses(model, hidden: torch.Tensor, targets: torch.Tensor, temperature
                  penalty: float = 0.0) -> torch.Tensor:
     """(N, C) hidden vectors and (N,) targets -> (N,) cross entropies, fp32; 0 where -100.
 
-    In pieces, so that no (N, V) logits are kept. penalty, RWKV's L2Wrap: each position's largest
+    In pieces: at most 256 MB of logits are kept. penalty, RWKV's L2Wrap: each position's largest
     logit m is pulled to 0 by the gradient of penalty * m²/2; the loss's value does not change.
     """
     def piece(h, y):
@@ -321,9 +322,8 @@ def token_losses(model, hidden: torch.Tensor, targets: torch.Tensor, temperature
             losses = losses + pull - pull.detach()
         return losses
     rows = max(1, (1 << 26) // model.config.vocab_size)                 # logits of 256 MB in fp32
-    if len(hidden) <= rows or not torch.is_grad_enabled():
-        return torch.cat([piece(h, y) for h, y in zip(hidden.split(rows), targets.split(rows))])
-    return torch.cat([checkpoint(piece, h, y, use_reentrant=False)
+    keep = len(hidden) <= rows or not torch.is_grad_enabled()
+    return torch.cat([piece(h, y) if keep else checkpoint(piece, h, y, use_reentrant=False)
                       for h, y in zip(hidden.split(rows), targets.split(rows))])
 
 
@@ -374,8 +374,8 @@ class Muon(torch.optim.AdamW):
 
     The momentum of a matrix, U S Vᵀ, is replaced by U Vᵀ, or nearly, so that all directions move
     alike. Three steps of X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X with Jordan's coefficients bring the
-    singular values near 1: more change little, and are dear on a CPU. Matrices of one shape go
-    together.
+    singular values near 1; more change little, and cost much on a CPU. The momentum is Nesterov's,
+    and √(rows / columns) scales tall matrices. Matrices of one shape go together.
     """
     MOMENTUM, A, B, C = 0.95, 3.4445, -4.7750, 2.0315
 
@@ -541,8 +541,7 @@ def plan_run(settings: Settings, run: Run) -> float | None:
 
 
 def step_seconds(settings: Settings, run: Run, shape: Shape, enough: float) -> float:
-    """How long a step of this shape takes, by a few steps that change nothing; far over `enough`,
-    by one."""
+    """Seconds of a step of this shape: the least of up to four, or of one far over `enough`."""
     model_class, config_class, _ = model_parts(settings.model)
     config = config_class.sized(shape.layers, shape.width, shape.vocab, shape.context)
     values = config_values(config_class, settings.config)
@@ -591,6 +590,9 @@ def check_settings(settings: Settings, given: set[str]) -> None:
             raise ValueError("--shard needs --optimizer adamw, as Muon computes with whole "
                              "matrices, and --compile off")
         settings.optimizer = "adamw"
+    sizes = model_parts(settings.model)[2]
+    if settings.size and settings.size not in sizes:
+        raise ValueError(f"--size {settings.size}: {settings.model} has {', '.join(sizes)}")
     if settings.init_from:
         found = identify(locate(settings.init_from))
         if "model" in given and settings.model != found:
@@ -599,22 +601,19 @@ def check_settings(settings: Settings, given: set[str]) -> None:
 
 
 def derive(settings: Settings, given: set[str], run: Run, corpus: Corpus, speed: float | None):
-    """Fill in every setting that is still open, say what was decided; (config, model or None).
+    """Fill in the sizes and rates left open, say what was decided; (config, model or None).
 
     speed: tokens per second, if measured. Only --init-from has a model, with its weights, already.
     """
     model_class, config_class, sizes = model_parts(settings.model)
     tokenizer, model = corpus.tokenizer, None
     values = config_values(config_class, settings.config)
-    own = not (settings.init_from or settings.size)                     # planned
     context = settings.context or 1024
     if settings.init_from:
         dtype = None if settings.shard else torch.float32               # None: mapped, not read
         model = load_checkpoint(settings.init_from, "cpu", dtype, **values)
         config = model.config
     else:
-        if settings.size and settings.size not in sizes:
-            raise ValueError(f"--size {settings.size}: {settings.model} has {', '.join(sizes)}")
         config = sizes[settings.size] if settings.size else config_class.sized(
             settings.layers, settings.width, tokenizer.vocab_size, context)
         config = dataclasses.replace(config, **{
@@ -636,8 +635,8 @@ def derive(settings: Settings, given: set[str], run: Run, corpus: Corpus, speed:
         sequences = run.world
     settings.tokens_per_step, settings.batch_size = sequences * settings.context, None
     if settings.lr is None:
-        settings.lr = 5e-3 * math.sqrt(128 / settings.width) if own else 6e-4
-        settings.lr = 1e-4 if settings.init_from else settings.lr
+        settings.lr = (1e-4 if settings.init_from else 6e-4 if settings.size
+                       else 5e-3 * math.sqrt(128 / settings.width))
     settings.optimizer = settings.optimizer or ("adamw" if settings.init_from else "muon")
     epoch = len(corpus.train) / settings.tokens_per_step                # in steps
     if settings.epochs:
@@ -688,11 +687,12 @@ def train(settings: Settings, given: set[str]) -> None:
     run = start_run(settings, STARTED)
     speed = None if saved else plan_run(settings, run)
     if settings.plan:
-        return
+        return speed or run.say("plan       nothing was left open: sizes and length are given")
     corpus = prepare_corpus(settings, run, saved_tokenizer(saved) if saved else None)
     if saved and corpus.key != saved["data"]:
         raise ValueError(f"--resume {settings.out}: the data have changed since it was started")
     tokenizer, end = corpus.tokenizer, corpus.tokenizer.end_id
+    first = int(corpus.val[0]) if end is None else end      # nanoGPT's characters have no end
     config, model = derive(settings, given, run, corpus, speed)
     torch.manual_seed(settings.seed)
     with torch.device("meta" if run.sharded else "cpu"):
@@ -703,16 +703,16 @@ def train(settings: Settings, given: set[str]) -> None:
     whole = cluster.shard(loss, run) if run.sharded else loss.to(run.device)
 
     def check(limit: int):
-        nats = validate(loss if run.sharded else model, run, corpus.val, settings.context, end,
+        nats = validate(loss if run.sharded else model, run, corpus.val, settings.context, first,
                         limit)
         return {"val_loss": nats,
                 "bits_per_byte": nats / math.log(2) * len(corpus.val) / corpus.val_bytes}
 
     def show():
-        prompt = [end, *tokenizer.encode(settings.sample_prompt)]
+        prompt = [first, *tokenizer.encode(settings.sample_prompt)]
         if config.context:                   # room for at least one new token
             prompt = prompt[:config.context - 1]
-        [new] = model.generate([prompt], 150, temperature=0.8, top_p=0.9, stop=[end],
+        [new] = model.generate([prompt], 150, temperature=0.8, top_p=0.9, stop=end,
                                seed=settings.seed)
         run.say(f"--- sample ---\n{tokenizer.decode(prompt[1:] + new)}\n---")
         if run.rank == 0:

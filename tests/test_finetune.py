@@ -67,7 +67,7 @@ def start(task, init_from, out, *more):
 def measures(out, name):
     """A measure at first and at last."""
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    found = [event[name] for event in events if name in event and ("val_loss" in event or "tokens_per_s" not in event)]
+    found = [event[name] for event in events if name in event and ("val_loss" in event or "lr" not in event)]
     return found[0], found[-1]
 
 

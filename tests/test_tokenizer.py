@@ -793,6 +793,19 @@ def write_gpt2(tokenizer, folder):
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *data["model"]["merges"]]))
 
 
+def test_ids_that_do_not_rise_in_merge_order_survive_saving(tmp_path):
+    tokenizer = train_bpe(["hello hello world " * 5], 262, pattern=GPT2_PATTERN)
+    write_gpt2(tokenizer, tmp_path)
+    vocab = read(tmp_path, "vocab.json")
+    low, high = sorted(vocab, key=vocab.get)[259:262:2]
+    vocab[low], vocab[high] = vocab[high], vocab[low]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    ours, text = load_tokenizer(tmp_path), "hello world"
+    assert ours.encode(text) != tokenizer.encode(text) and ours.decode(ours.encode(text)) == text
+    ours.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").encode(text) == ours.encode(text)
+
+
 def test_added_tokens_json_beside_vocab_json(tmp_path):
     transformers = pytest.importorskip("transformers")
     gpt2 = train_bpe(["hello hello world " * 5], 265, pattern=GPT2_PATTERN)

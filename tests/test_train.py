@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -712,6 +713,29 @@ def test_plan_says_what_would_be_trained_and_stops(corpus, tmp_path, monkeypatch
     train.main(["--data", str(corpus), "--plan", "--width", "32", "--layers", "1", "--device", "cpu"])
     out = capsys.readouterr().out
     assert "tokens/s at 1 x 32, context 256" in out and "epochs" in out and not [*tmp_path.iterdir()]
+
+
+def test_plan_says_that_nothing_was_open_and_names_the_sizes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--plan", "--size", "gpt2", "--device", "cpu"])
+    assert "nothing was left open" in capsys.readouterr().out
+    assert_one_line_error(run_here(train.main, "--plan", "--size", "124m"), "gpt2-medium")
+
+
+def test_nanogpts_characters_train_without_a_token_that_ends_a_text(tmp_path, monkeypatch, capsys):
+    text = "to be or not to be\n" * 60
+    stoi = {char: n for n, char in enumerate(sorted(set(text)))}
+    (tmp_path / "data").mkdir()
+    ids = np.array([stoi[char] for char in text], np.uint16)
+    ids[:900].tofile(tmp_path / "data/train.bin")
+    ids[900:].tofile(tmp_path / "data/val.bin")
+    (tmp_path / "data/meta.pkl").write_bytes(pickle.dumps(
+        {"vocab_size": len(stoi), "stoi": stoi, "itos": {n: char for char, n in stoi.items()}}))
+    train.main(["--layers", "1", "--width", "32", "--context", "32", "--tokens-per-step", "128", "--steps", "3",
+                "--device", "cpu", "--dtype", "float32", "--tokenizer", str(tmp_path / "data"),
+                "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
+    assert "bits per byte" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/config.json").read_text())["eos_token_id"] is None
 
 
 def test_the_published_muon_is_what_ours_does():
