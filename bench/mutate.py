@@ -256,7 +256,8 @@ def run(file: str, sites: int, seed: int, folders: list[Path], kept: Path, timeo
     state = json.loads(kept.read_text()) if kept.exists() else {}
     if state.get("sha") != sha:
         state = dict(sha=sha, found={})
-    state |= dict(possible=possible, seed=seed, sites=sites)
+    lines = source.splitlines()
+    state |= dict(possible=possible, seed=seed, drawn=[[key(lines, fault), fault[0]] for fault in drawn])
     pid = start(folders[0], file, source, {})
     while not (base := finish(pid, folders[0], math.inf)):
         time.sleep(0.05)
@@ -272,7 +273,7 @@ def run(file: str, sites: int, seed: int, folders: list[Path], kept: Path, timeo
     total = sum(base["seconds"].values())
     print(f"{file}: {possible} possible faults, {len(drawn)} drawn; {len(base['seconds'])} tests, "
           f"{total:.0f} s")
-    lines, running, started = source.splitlines(), {}, time.monotonic()
+    running = {}
     waiting = [fault for fault in drawn if state["found"].get(key(lines, fault), ["survived"])[0] == "survived"
                and key(lines, fault) not in EQUIVALENT.get(file, {})]
     while waiting or running:
@@ -291,9 +292,6 @@ def run(file: str, sites: int, seed: int, folders: list[Path], kept: Path, timeo
                 print(f"{outcome:8} {file}:{fault[0]} {fault[1]}: {fault[2]:.60} -> {fault[3]:.60}  "
                       f"{by}", flush=True)
         time.sleep(0.01)
-    state["drawn"] = [[key(lines, fault), fault[0]] for fault in drawn]
-    state["minutes"] = (time.monotonic() - started) / 60
-    kept.write_text(json.dumps(state))
 
 
 def log(folder: Path) -> str:
@@ -304,13 +302,16 @@ def log(folder: Path) -> str:
     below = []
     for kept in sorted(folder.glob("*.json")):
         state, file = json.loads(kept.read_text()), kept.stem.replace("+", "/")
-        names = dict(state.get("drawn", []))
+        drawn = dict(state["drawn"])
+        names = {name: line for name, line in drawn.items()
+                 if name in state["found"] or name in EQUIVALENT.get(file, {})}
         same = {name: why for name, why in EQUIVALENT.get(file, {}).items() if name in names}
         left = [name for name in names if name not in same
-                and state["found"].get(name, ["survived"])[0] == "survived"]
+                and state["found"][name][0] == "survived"]
         count = len(names) - len(same)
         low, high = wilson(count - len(left), count)
-        told.append(f"{file:20} {len(names):3} of {state['possible']} possible faults (seed {state['seed']}): "
+        told.append(f"{file:20} {len(names):3} of {len(drawn)} drawn of {state['possible']} possible "
+                    f"(seed {state['seed']}): "
                     f"{count - len(left)} caught of {count}, {(count - len(left)) / max(count, 1):.1%} "
                     f"[{low:.1%}, {high:.1%}]; {len(same)} change nothing")
         if left or same:
@@ -333,18 +334,21 @@ def main() -> None:
     sys.dont_write_bytecode = True
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    kept = ROOT / "out/mutation"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended; the same command goes on"))
+    kept, logged = ROOT / "out/mutation", ROOT / "bench/mutation.log"
     kept.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary, str(n)) for n in range(asked.jobs)]
         for folder in folders:
             shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "out", "__pycache__"))
-        for file in asked.files:
-            run(file, asked.sites, asked.seed, folders, kept / f"{file.replace('/', '+')}.json", asked.timeout)
-            for folder in folders:
-                shutil.copy2(ROOT / file, folder / file)
-            (ROOT / "bench/mutation.log").write_text(log(kept), encoding="utf-8")
-    print((ROOT / "bench/mutation.log").read_text(encoding="utf-8"))
+        try:
+            for file in asked.files:
+                run(file, asked.sites, asked.seed, folders, kept / f"{file.replace('/', '+')}.json", asked.timeout)
+                for folder in folders:
+                    shutil.copy2(ROOT / file, folder / file)
+        finally:
+            logged.write_text(log(kept), encoding="utf-8")
+    print(logged.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
