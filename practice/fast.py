@@ -35,7 +35,8 @@ class Replacement(nn.Module):
 
         plain        F.linear. It is what runs whenever gradients are recorded
         transposed   F.linear on a copy of the weight that is stored as (K, N)
-        special      an operator of torch for this kind of weight, see `special`
+        special      an operator of torch for this kind of weight, see there
+        packed       FBGEMM's product, on a copy of the weight in fp16
         fp32         block by block in fp32: for CPUs whose arithmetic is slow in 16 bits
     """
     STORES = (("plain", "special", "fp32"),)    # which operators can share one storage
@@ -47,21 +48,29 @@ class Replacement(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         count = x.numel() // self.shape[1]
         operator = self.operators[sum(count > limit for limit in LIMITS)]
-        if torch.is_grad_enabled():
-            operator = "plain"
-        if operator == "special":
-            return self.special(x)
-        if operator == "fp32":               # blocks of the weight that fit the processor's cache
-            step, x32 = max(1, 2 ** 20 // self.shape[1]), x.float()
-            blocks = [F.linear(x32, self.rows(i, i + step)) for i in range(0, self.shape[0], step)]
-            y = torch.cat(blocks, -1)
-            return (y if self.bias is None else y + self.bias).to(x.dtype)
-        return self.plain(x)
+        return getattr(self, "plain" if torch.is_grad_enabled() else operator)(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.rows(0, self.shape[0]).to(x.dtype), self.bias)
+
+    def fp32(self, x: Tensor) -> Tensor:
+        # blocks of the weight that fit the processor's cache
+        step, x32 = max(1, 2 ** 18 // self.shape[1]), x.float()
+        blocks = [product(x32, self.rows(i, i + step)) for i in range(0, self.shape[0], step)]
+        y = torch.cat(blocks, -1)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b by oneDNN, where torch has it: in fp32 the quickest on many processors."""
+    if torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 class Linear(Replacement):
-    """The same parameters; one more operator is oneDNN's product, on weights as they are."""
-    STORES = (*Replacement.STORES, ("transposed",))
+    """The same weights; `special` is oneDNN's product."""
+    STORES = (*Replacement.STORES, ("transposed",), ("packed",))
     SPECIAL = "oneDNN"
 
     def __init__(self, linear: nn.Linear, operators):
@@ -70,18 +79,42 @@ class Linear(Replacement):
         if "transposed" in operators:
             weight = self.weight.detach().t().contiguous().t()
             self.weight = nn.Parameter(weight, self.weight.requires_grad)
+        if "packed" in operators:
+            self.pack()
+
+    def pack(self) -> None:
+        """Keep the weight as FBGEMM reads it, if fp16 holds it: what bf16 has below 2 ** -17 is
+        rounded to multiples of 2 ** -24, and fp16 has nothing above 65504."""
+        weight = self.weight.detach().float()
+        if (weight.half() - weight).norm() <= 2 ** -16 * weight.norm():
+            bias = None if self.bias is None else self.bias.detach().float()
+            self.packed_weight = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+            del self.weight
+        else:
+            self.operators = ("plain",) * len(ROWS)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of W in fp32."""
+        if "packed" in self.operators:
+            return torch.ops.quantized.linear_unpack_fp16(self.packed_weight)[0][start:stop].float()
         return self.weight[start:stop].float()
 
     def plain(self, x: Tensor) -> Tensor:
+        if "packed" in self.operators:
+            return super().plain(x)
         return F.linear(x, self.weight, self.bias)
+
+    transposed = plain
 
     def special(self, x: Tensor) -> Tensor:
         if x.dtype != self.weight.dtype:     # under autocast
             return self.plain(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return product(x, self.weight, self.bias)
+
+    def packed(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.shape[1]).float()
+        y = torch.ops.quantized.linear_dynamic_fp16(rows, self.packed_weight)
+        return y.to(x.dtype).view(*x.shape[:-1], self.shape[0])
 
 
 class Quantised(Replacement):
@@ -96,9 +129,6 @@ class Quantised(Replacement):
         weight, scale = zip(*parts)
         self.register_buffer("weight", torch.cat(weight), persistent=False)
         self.register_buffer("scale", torch.cat(scale, self.SCALE_AXIS), persistent=False)
-
-    def plain(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.rows(0, self.shape[0]).to(x.dtype), self.bias)
 
     def special(self, x: Tensor) -> Tensor:
         # a copy: torch's int8 operator crashes on rows that do not begin at multiples of 32 bytes
@@ -233,10 +263,10 @@ def timings(linears: list[nn.Linear], weights: str | None) -> dict[str, list[flo
     dtype = some[0].weight.dtype
     names = {name for store in KINDS[weights].STORES for name in store}
     if weights is None:
-        names -= {"fp32"} if dtype == torch.float32 else {"transposed"}
+        names -= {"fp32", "packed"} if dtype == torch.float32 else {"transposed"}
     shapes = sorted({"x".join(map(str, layer.weight.shape)) for layer in some})
     key = (f"torch {torch.__version__}, {processor()}, {torch.get_num_threads()} threads, "
-           f"{dtype}, {weights}, {' '.join(shapes)}")
+           f"{dtype}, {weights}, {' '.join(sorted(names))}, {' '.join(shapes)}")
     return remembered(key, lambda: measure(some, KINDS[weights], sorted(names)))
 
 
