@@ -3,12 +3,14 @@
     python chat.py out/gpt                       a run of train.py or finetune.py, or any checkpoint
     python chat.py out/gpt --prompt "def "       one text, continued or answered
     python chat.py DIR --input prompts.jsonl --output answers.jsonl
+    python chat.py DIR --inspect                 what DIR is taken for and why; nothing is loaded
 
-It converses if the folder says that the model can, else it completes text, and it says which and
-why; --chat decides otherwise. What was said stays in the model's memory: a turn computes only what
-is new, and a recurrent model's conversation, a file of a megabyte or less, goes on another day.
+DIR may be an adapter (LoRA), which is merged with its base. It converses if the folder says that
+the model can (folder.py), else it completes text, and it says which and why; --chat decides
+otherwise. What was said stays in the model's memory: a turn computes only what is new, and a
+recurrent model's conversation, a file of a megabyte or less, goes on another day.
 
-From the top: command line; does this model converse; a conversation; typing; files of prompts.
+From the top: command line; a conversation; typing; files of prompts.
 """
 import contextlib
 import functools
@@ -22,10 +24,13 @@ from pathlib import Path
 import torch
 
 import tokenizer as text
-from checkpoints import (check_vocabulary, eos_tokens, is_out_of_memory, load_checkpoint, locate,
-                         readable)
+from checkpoints import check_vocabulary, eos_tokens, is_out_of_memory, load_checkpoint, readable
+from data import INVALID, read_rows
+from flags import Parser, complain, show_any_text
+from folder import LIMITS, Place, inspect, possible, stated_eos, told_format, told_sampling
+from lora import load_merged
 from practice import fast
-from train import Parser, choose_device, complain, show_any_text
+from process import choose_device
 
 HELP = """\
 /help          this text
@@ -49,21 +54,24 @@ def parse(argv: list[str] | None):
     """The settings of a command line; exits with one line if they are impossible."""
     parser = Parser(prog="chat.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("weights", metavar="DIR", help="a checkpoint: folder or file")
+    add("weights", metavar="DIR", help="a checkpoint or an adapter: folder or file")
+    add("--base", metavar="DIR", help="where an adapter's base is, if not where its config says")
+    add("--inspect", action="store_true", help="say what DIR is and needs, and end")
     add("--chat", choices=(*text.CHAT_FORMATS, "none"), help="converse so; none: complete text")
     add("--system", metavar="TEXT", help="system message of conversations")
     add("--prompt", metavar="TEXT", help="answer or continue this text, and end")
-    add("--input", type=Path, metavar="FILE.jsonl",
-        help='answer these: lines {"prompt": ...} or {"messages": [...]}')
+    add("--input", type=Path, metavar="FILE",
+        help='answer these: rows {"prompt": ...} or {"messages": [...]}, as JSON lines or JSON')
     add("--output", type=Path, metavar="FILE.jsonl",
-        help='the same lines with "response", in the same order; a new file')
-    add("--batch-size", type=int, default=8, metavar="N", help="lines of --input at once (8)")
+        help='the same rows with "response", in the same order; goes on from what is in it')
+    add("--batch-size", type=int, default=8, metavar="N", help="rows of --input at once (8)")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="the longest answer (512)")
+    add("--stop", action="append", default=[], metavar="TEXT",
+        help="end an answer before this text; may be given several times")
     add("--temperature", type=float, metavar="T", help="0: the likeliest token (without this "
-        "flag: what generation_config.json says, else 0.8)")
+        "flag, as without the next two: what generation_config.json says, else 0.8)")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of this mass "
-        "(without this flag: what generation_config.json says, else all)")
+    add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of this mass")
     add("--seed", type=int, metavar="N", help="the same seed draws the same text")
     add("--tokenizer", metavar="PATH", help="if it is not beside the weights")
     add("--fast", choices=("auto", "off"), default="auto", help="linear layers by the operators "
@@ -84,11 +92,9 @@ def parse(argv: list[str] | None):
              "a time, not for --input"),
             (args.batch_size < 1, f"--batch-size {args.batch_size}: at least 1"),
             (args.max_new_tokens < 1, f"--max-new-tokens {args.max_new_tokens}: at least 1"),
-            (not 0 <= (args.temperature or 0) < float("inf"),
-             f"--temperature {args.temperature}: 0 (the likeliest token) or more"),
-            (args.top_k is not None and args.top_k < 1, f"--top-k {args.top_k}: at least 1"),
-            (not 0 <= (args.top_p or 0) <= 1, f"--top-p {args.top_p}: 0 to 1"),
-            (args.output and args.output.exists(), f"{args.output} exists: choose another name")):
+            ("" in args.stop, "--stop: the text is empty"),
+            *((not possible(name, value), f"--{name.replace('_', '-')} {value}: {LIMITS[name]}")
+              for name in LIMITS if (value := vars(args)[name]) is not None)):
         if wrong:
             parser.error(message)
     return args
@@ -96,40 +102,31 @@ def parse(argv: list[str] | None):
 
 def open_conversation(args) -> "Conversation":
     """Load what the command line names, and say what was decided and why."""
-    path = locate(args.weights)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    folder = path if path.is_dir() else path.parent
-    try:
-        tokenizer = text.load_tokenizer(args.tokenizer or path)
-    except (ValueError, OSError) as error:
-        hint = "" if args.tokenizer else " (--tokenizer names another place)"
-        raise ValueError(f"{error}{hint}") from None
-    tokenizer.chat_format, why = choose_format(folder, tokenizer, args.chat)
-    if args.system is not None and tokenizer.chat_format is None:
-        raise ValueError(f"--system is for conversations, and this model completes text: {why}")
+    place = Place(args)
+    if place.classifier:
+        raise ValueError(place.classifier)
+    tokenizer, _, why = place.load_tokenizer(args)
+    sampling, note = place.sampling(args)
     device, dtype = choose_device(args.device), getattr(torch, args.dtype or "", None)
-    model = load_checkpoint(path, device, dtype)
+    if place.adapter:
+        say(f"adapter    {place.adapter}, merged with its base {place.weights}")
+        model = load_merged(place.adapter, place.weights, device, dtype)
+    else:
+        model = load_checkpoint(place.weights, device, dtype)
     config, like = model.config, next(model.parameters())
     check_vocabulary(config, tokenizer)
-    stated = text.read_json(folder / "generation_config.json")
-    sampling = {"temperature": 0.8, "top_k": args.top_k, "top_p": None}
-    sampling |= {name: stated[name] for name in ("temperature", "top_p")
-                 if isinstance(stated.get(name), (int, float))}
-    sampling |= {name: vars(args)[name] for name in sampling if vars(args)[name] is not None}
     say(f"model      {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} "
         f"parameters, {str(like.dtype).removeprefix('torch.')} on {like.device.type}, context "
         f"{config.context or 'without limit'}")
-    say(f"converses  in the format {tokenizer.chat_format}: {why}" if tokenizer.chat_format else
-        f"completes  text: {why}")
-    say("sampling   " + ", ".join(f"{k} {v}" for k, v in sampling.items() if v is not None)
-        + f"; at most {args.max_new_tokens} new tokens")
+    say(told_format(tokenizer.chat_format, why))
+    say(f"sampling   {told_sampling(sampling, note)}; at most {args.max_new_tokens} new tokens")
     say("linear     " + fast.accelerate(model, args.bits, args.fast))
     conversation = Conversation(model, tokenizer, sampling, args.max_new_tokens, args.seed)
     if args.draft or args.lookup:
         draft = load_checkpoint(args.draft, device, dtype) if args.draft else None
         conversation.speculation = speculation(model, draft, args)
-    conversation.stops |= stated_eos(folder)
+    conversation.stops |= stated_eos(*place.folders)
+    conversation.stop_texts += args.stop
     conversation.reset(args.system)
     return conversation
 
@@ -141,36 +138,6 @@ def speculation(model, draft, args) -> fast.Speculation:
     fast.refuse_recurrent(model)
     probabilities = sys.modules[type(model).__module__].probabilities
     return fast.Speculation(probabilities, draft)
-
-# ------------------------------------------------------------------------- does this model converse
-
-
-def stated_eos(folder: Path) -> set[int]:
-    """The ids that end a text by config.json and generation_config.json."""
-    stated = [text.read_json(folder / name).get("eos_token_id")
-              for name in ("config.json", "generation_config.json")]
-    return {id for ids in stated for id in (ids if isinstance(ids, list) else [ids])
-            if type(id) is int}
-
-
-def choose_format(folder: Path, tokenizer, asked: str | None) -> tuple[str | None, str]:
-    """(chat format or None, why): whether the model in this folder converses."""
-    own, config = tokenizer.chat_format, tokenizer.config
-    if asked:
-        return None if asked == "none" else asked, f"--chat {asked}"
-    if "chat_format" in config:
-        return own, f"its tokenizer_config.json says chat_format {json.dumps(own)}"
-    if "chat_template" in config or (folder / "chat_template.jinja").exists():
-        return own, "it has a chat template" + (
-            "" if own else ", but of no format known here; --chat takes one of them")
-    if own and len(stated_eos(folder)) > 1:
-        return own, "its configs name several ids that end a text"
-    if own and (folder / "params.json").exists():
-        return None, ("Meta's folders do not tell base models from Instruct; if this is one, add "
-                      f"--chat {own}")
-    if own in ("world", "chatglm3"):
-        return own, "as nearly all models of this vocabulary do; if not this one, --chat none"
-    return None, "neither chat_format, nor chat template, nor several eos ids in its folder"
 
 # ---------------------------------------------------------------------------------- a conversation
 
@@ -219,6 +186,7 @@ class Conversation:
         self.format, self.context = tokenizer.chat_format, model.config.context
         self.times = []                      # when each token of the last answer was drawn
         self.speculation = None              # what proposes tokens, see practice/fast.py
+        self.stop_texts = ["\n\n"] if self.format == "world" else []    # answers end before them
         self.stops = {*tokenizer.stop_ids, *eos_tokens(model.config)}
         if self.format:                      # the id that ends a reply
             silence = [{"role": role, "content": ""} for role in ("user", "assistant")]
@@ -262,10 +230,18 @@ class Conversation:
         """Whether it is a stop id without text. (World's ".\\n\\n" ends a turn, and is text.)"""
         return id in self.stops and "\n\n" not in self.tokenizer.decode([id])
 
-    def visible(self, reply: str) -> str:
-        """What is shown of a reply: formats begin it with white space, World ends it so."""
-        if self.format == "world":
-            reply = reply.split("\n\n")[0]
+    def is_ended(self, reply: str) -> bool:
+        """Whether a text ends it, which may be of several tokens."""
+        return any(end in reply for end in self.stop_texts)
+
+    def visible(self, reply: str, growing: bool = False) -> str:
+        """What is shown of a reply: formats begin it with white space, stop texts end it. While it
+        is growing, its end waits where it may be the beginning of one."""
+        for end in self.stop_texts:
+            reply = reply.split(end)[0]
+        waits = [n for end in self.stop_texts for n in range(1, len(end))
+                 if growing and reply.endswith(end[:n])]
+        reply = reply[:len(reply) - max(waits, default=0)]
         return reply.strip() if self.format else reply
 
     def spoken(self, drawn: list[int]) -> tuple[list[int], str]:
@@ -343,8 +319,8 @@ class Conversation:
             drawn.append(id)
             self.times.append(time.perf_counter())
             reply += "" if self.is_silent(id) else decoder.feed(id)
-            show(self.visible(reply))
-            if asked or self.format == "world" and "\n\n" in reply:     # of two tokens, perhaps
+            show(self.visible(reply, growing=True))
+            if asked or self.is_ended(reply):
                 raise Stop
         with between_tokens() as asked:
             try:
@@ -393,13 +369,9 @@ class Conversation:
             known = range(self.model.config.vocab_size)
             whole = all(type(id) is int and id in known
                         for ids in (seen, *(m.get("ids", ()) for m in messages)) for id in ids)
-            old = "eos_ids=" in about["model"]
             same = (about["model"], about["format"]) == (repr(self.model.config), self.format)
         except (SafetensorError, KeyError, TypeError, AttributeError, ValueError):
             raise ValueError(f"{path} is no conversation that /save wrote") from None
-        if old:
-            raise ValueError(f"{path} was saved by an earlier version, which named its model's "
-                             "config otherwise: it cannot be compared with this model")
         if not same:
             raise ValueError(f"{path} was saved with another model or chat format")
         kind = type(self.model.new_state(1, 1))
@@ -417,14 +389,17 @@ class Conversation:
 
 def whole_message(line: str) -> str:
     """The message that begins with this line: it may go on after \\, or till \"\"\" closes it."""
-    if line.startswith('"""'):
-        lines = [line[3:]]
-        while not lines[-1].rstrip().endswith('"""'):
+    def closed(line):
+        return line.rstrip().endswith('"""')
+    block = line.startswith('"""')
+    lines = [line[3:] if block else line]
+    with contextlib.suppress(EOFError):      # the end of the input ends it too
+        while not closed(lines[-1]) if block else lines[-1].endswith("\\"):
             lines.append(input())
-        return "\n".join(lines).rstrip()[:-3].strip("\n")
-    while line.endswith("\\"):
-        line = line[:-1] + "\n" + input()
-    return line
+    if not block:
+        return "\n".join(line.removesuffix("\\") for line in lines)
+    message = "\n".join(lines)
+    return (message.rstrip()[:-3] if closed(message) else message).strip("\n")
 
 
 def command(conversation: Conversation, line: str) -> None:
@@ -483,6 +458,8 @@ def talk(conversation: Conversation) -> None:
     """Read messages and commands until the input ends; no mistake ends it."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401        input() gets arrows and history from it
+    if hasattr(sys.stdin, "reconfigure"):    # bytes that are no text do not end the conversation
+        sys.stdin.reconfigure(errors="replace")
     say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends")
     while True:
         try:
@@ -492,7 +469,8 @@ def talk(conversation: Conversation) -> None:
             if line.startswith("/"):
                 command(conversation, line)
             elif line.strip():
-                turn(conversation, whole_message(line))
+                if message := whole_message(line):
+                    turn(conversation, message)
             elif conversation.format is None and conversation.messages:
                 turn(conversation, None)
         except EOFError:
@@ -510,18 +488,15 @@ def talk(conversation: Conversation) -> None:
 
 
 def read_prompts(path: Path, conversation: Conversation) -> list[tuple[dict, list[int]]]:
-    """[(object of a line, ids to answer), ...]; ValueError that names the first bad line."""
+    """[(row, ids to answer), ...]; ValueError that names the line of the first bad one."""
     jobs = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line.decode("utf-8-sig"))
-                    jobs.append((row, prompt_ids(row, conversation)))
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from None
-    if not jobs:
-        raise ValueError(f"{path} has no prompts")
+    for place, row in read_rows(path):
+        try:
+            if INVALID in json.dumps(row, ensure_ascii=False):
+                raise ValueError("it is not UTF-8")
+            jobs.append((row, prompt_ids(row, conversation)))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
     return jobs
 
 
@@ -547,44 +522,89 @@ def prompt_ids(row, conversation: Conversation) -> list[int]:
     return ids
 
 
+def begun(row: dict) -> str:
+    """A line of the output up to its answer."""
+    line = json.dumps({**{k: row[k] for k in row if k != "response"}, "response": ""},
+                      ensure_ascii=False)
+    return text.clean(line[:-2])
+
+
+def count_answered(target: Path, rows: list[dict], source: Path) -> int:
+    """How many of the first rows have their line in the output; a line cut short is taken out.
+
+    ValueError if the file holds anything else: it stays as it is.
+    """
+    lines = target.read_bytes().splitlines(keepends=True) if target.exists() else []
+    for number, line in enumerate(lines, 1):
+        whole, row = line.decode(errors="replace"), rows[number - 1] if number <= len(rows) else {}
+        cut = number == len(lines) and not whole.endswith("\n")
+        if not (whole.startswith(begun(row)) or cut and begun(row).startswith(whole)) or not row:
+            raise ValueError(f"{target} exists: choose another name, for its line {number} is not "
+                             f"the answer to row {number} of {source}")
+        if cut:
+            os.truncate(target, sum(map(len, lines[:-1])))
+            return number - 1
+    return len(lines)
+
+
 def answer_file(source: Path, target: Path, batch_size: int, conversation: Conversation) -> None:
-    """Answer each line of a file; the other appears when all are answered, and replaces nothing."""
+    """Answer each row of a file. Each line is written as soon as it and those before are answered;
+    what another run wrote is gone on from, with the same batches, so that a seed repeats."""
     jobs = read_prompts(source, conversation)
-    part = Path(f"{target}.part")
-    with open(part, "x", encoding="utf-8") as file:      # a place that cannot be written: at once
+    done = count_answered(target, [row for row, _ in jobs], source)
+    if done == len(jobs):
+        raise ValueError(f"{target} has every answer already" if done else
+                         f"{source} has no prompts")
+    if done:
+        say(f"[{done:,} of {len(jobs):,} are answered in {target}; going on from there]")
+    written, progress, start, tokens = done - done % batch_size, text.Progress(True), time.time(), 0
+    with open(target, "a", encoding="utf-8") as file:    # a place that cannot be written: at once
+        def write(drawn):
+            nonlocal written, tokens
+            if written >= done:
+                answer = json.dumps(conversation.spoken(drawn)[1], ensure_ascii=False)
+                file.write(f'{begun(jobs[written][0])}{text.clean(answer)[1:]}}}\n')
+                file.flush()
+            written, tokens = written + 1, tokens + len(drawn)
+            progress(f"{written:,} of {len(jobs):,} answered, "
+                     f"{tokens / (time.time() - start):.0f} tokens/s", written == len(jobs))
         try:
-            for (row, _), response in zip(jobs, answers([ids for _, ids in jobs], batch_size,
-                                                        conversation)):
-                line = json.dumps({**row, "response": response}, ensure_ascii=False)
-                file.write(text.clean(line) + "\n")
-            file.close()
-            if target.exists():
-                raise ValueError(f"{target} exists by now: choose another name")
-            os.replace(part, target)
+            for first in range(written, len(jobs), batch_size):
+                prompts = [ids for _, ids in jobs[first:first + batch_size]]
+                answer_batch(prompts, conversation, first, write)
+        except KeyboardInterrupt:
+            there = max(written, done)
+            raise KeyboardInterrupt(f"{there:,} of {len(jobs):,} are answered in {target}, and "
+                                    "the same command goes on" if there else "") from None
         finally:
-            part.unlink(missing_ok=True)
+            if not file.tell():              # nothing is in it
+                target.unlink()
 
 
-def answers(prompts: list[list[int]], batch_size: int, conversation: Conversation) -> list[str]:
-    """The answer to each prompt. Similar lengths go together, longest first: memory fails early."""
-    order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
-    heard = [[] for _ in prompts]
-    progress, start, tokens = text.Progress(True), time.time(), 0
-    for first in range(0, len(order), batch_size):
-        rows = order[first:first + batch_size]
+def answer_batch(prompts: list[list[int]], conversation: Conversation, number: int, write) -> None:
+    """Answer prompts together; write(ids) gets each answer once it and those before it ended."""
+    drawn, ended, written = [[] for _ in prompts], set(), 0
 
-        def hear(row, id, first=first, rows=rows):
-            nonlocal tokens
-            heard[rows[row]].append(id)
-            tokens += 1
-            progress(f"{first} of {len(prompts)} answered, "
-                     f"{tokens / (time.time() - start):.0f} tokens/s")
-        conversation.model.generate(
-            [prompts[n] for n in rows], conversation.max_new_tokens, stop=conversation.stops,
-            seed=None if conversation.seed is None else conversation.seed + first,
-            on_token=hear, **conversation.sampling)
-    progress(f"{len(prompts)} answered, {tokens:,} tokens in {time.time() - start:.1f} s", True)
-    return [conversation.spoken(drawn)[1] for drawn in heard]
+    def end(rows):
+        nonlocal written
+        ended.update(rows)
+        while written in ended:
+            write(drawn[written])
+            written += 1
+
+    def hear(row, id):
+        drawn[row].append(id)
+        if (id in conversation.stops or len(drawn[row]) == conversation.max_new_tokens
+                or conversation.stop_texts
+                and conversation.is_ended(conversation.tokenizer.decode(drawn[row]))):
+            end([row])
+            if len(ended) == len(prompts):
+                raise Stop
+    seed = None if conversation.seed is None else conversation.seed + number
+    with contextlib.suppress(Stop):
+        conversation.model.generate(prompts, conversation.max_new_tokens, stop=conversation.stops,
+                                    seed=seed, on_token=hear, **conversation.sampling)
+    end(range(len(prompts)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -592,6 +612,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     show_any_text()
     try:
+        if args.inspect:
+            sys.exit(inspect(args))
         conversation = open_conversation(args)
         if args.prompt is not None:
             answer_one(conversation, args.prompt)
@@ -605,8 +627,8 @@ def main(argv: list[str] | None = None) -> None:
         if not is_out_of_memory(error):
             raise
         sys.exit(complain("chat.py: out of memory: a smaller --batch-size or --max-new-tokens"))
-    except KeyboardInterrupt:
-        sys.exit(complain("\nchat.py: stopped; nothing was written", 130))
+    except KeyboardInterrupt as error:
+        sys.exit(complain(f"\nchat.py: stopped; {str(error) or 'nothing was written'}", 130))
 
 
 if __name__ == "__main__":

@@ -4,15 +4,20 @@
 The model files let torch, safetensors and json raise what they raise; here it becomes one line.
 Then what a run directory holds: what readers open, and resume/resume.pt.
 """
+import collections
 import contextlib
 import dataclasses
+import functools
+import io
 import difflib
+import fnmatch
 import importlib
 import json
 import os
 import pickle
 import re
 import struct
+import sys
 import tempfile
 import time
 import typing
@@ -55,6 +60,55 @@ RWKVS = (                                    # the first whose pattern a name an
 )
 
 
+BY_TRANSFORMERS = "AutoModelForCausalLM.from_pretrained(DIR{}).save_pretrained(NEW)"
+OTHERS = (                   # pattern of the name, first bytes, what it is, what converts it
+    ("lit_model*", b"", "of litgpt", "litgpt convert_from_litgpt DIR NEW"),
+    ("*", b"GGUF", "a GGUF file", "transformers: " + BY_TRANSFORMERS.format(", gguf_file=FILE")),
+    ("*", b"lmgg", "a ggml file", "llama.cpp's convert_llama_ggml_to_gguf.py, then transformers"),
+    ("*", b"tjgg", "a ggml file", "llama.cpp's convert_llama_ggml_to_gguf.py, then transformers"),
+    ("*.bin", struct.pack("<i", 20240326), "of llm.c", "its dev/eval/export_hf.py"),
+    ("*.bin", struct.pack("<I", 0x616b3432), "of llama2.c", "its export.py --hf, from the .pt"),
+    ("*.npz", b"", "of numpy or MLX", "mlx_lm.convert, which writes safetensors"),
+    ("model.ckpt*", b"", "of TensorFlow",
+     "transformers 4: convert_gpt2_original_tf_checkpoint_to_pytorch.py"),
+    ("tf_model*", b"", "of TensorFlow", "transformers 4: "
+     + BY_TRANSFORMERS.format(", from_tf=True")),
+    ("flax_model*", b"", "of Flax", "transformers 4: "
+     + BY_TRANSFORMERS.format(", from_flax=True")),
+    ("zero_pp_rank*", b"", "of DeepSpeed's ZeRO", "zero_to_fp32.py, which lies beside it,"),
+    ("*.distcp", b"", "of torch.distributed.checkpoint",
+     "python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE"),
+)
+
+
+def refuse_others(path: Path) -> None:
+    """ValueError that names a format which is not read here, and what converts it."""
+    ours = ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth", "original")
+    if path.is_dir() and any(not file.name.startswith(("lit_model", "zero_pp_rank"))
+                             for pattern in ours for file in path.glob(pattern)):
+        return
+    for file in [path] if path.is_file() else sorted(filter(Path.is_file, path.rglob("*"))):
+        with open(file, "rb") as opened:
+            begin = opened.read(4)
+        for pattern, magic, what, tool in OTHERS:
+            if begin.startswith(magic) and fnmatch.fnmatch(file.name, pattern):
+                raise ValueError(f"{file} is {what}, which is not read here: {tool} converts it")
+
+
+def refuse_quantised(folder: Path, stated: dict) -> None:
+    """ValueError for weights of few bits (GPTQ, AWQ, bitsandbytes, FP8, MLX), by the configs."""
+    for file, name in (("config.json", "quantization_config"), ("config.json", "quantization"),
+                       ("quantize_config.json", "bits"), ("quant_config.json", "w_bit")):
+        found = (stated if file == "config.json" else read_json(folder / file)).get(name)
+        if found is not None:
+            method = found.get("quant_method", "MLX" if name == "quantization" else "") \
+                if isinstance(found, dict) else f"{found} bits"
+            raise ValueError(f"{folder}/{file} has {name}: quantised weights ({method}) are not "
+                             "read here; take the model that they were made of"
+                             + (", or mlx_lm.convert --dequantize" if method == "MLX" else
+                                ", or where transformers can, its model.dequantize()"))
+
+
 def identify_rwkv(path: Path) -> str:
     """Which RWKV a .pth holds, or the one in a folder: names and shapes of its tensors tell."""
     files = sorted(path.glob("*.pth")) if path.is_dir() else [path]
@@ -64,6 +118,9 @@ def identify_rwkv(path: Path) -> str:
     if not files:
         raise FileNotFoundError(f"{path} has no config.json that names a model of ours, nor a .pth")
     tensors = read_pickle(files[0])
+    around = ("model", "state_dict", "model_state_dict", "module")
+    while inner := next((tensors[key] for key in around if isinstance(tensors.get(key), dict)), 0):
+        tensors = inner
     lines = [f"{name} {tuple(getattr(tensor, 'shape', ()))}" for name, tensor in tensors.items()]
     found = next((what for pattern, what in RWKVS
                   if any(re.search(pattern, line) for line in lines)),
@@ -75,6 +132,11 @@ def identify_rwkv(path: Path) -> str:
     return found
 
 
+def is_rwkv(path: Path) -> bool:
+    """Whether a .pth holds an official RWKV, whatever the config.json beside it is about."""
+    return any(".att." in name or name == "emb.weight" for name in read_pickle(path))
+
+
 def identify(path: Path) -> str:
     """Which of our models a checkpoint is: its config tells, or the names of its tensors."""
     if not path.exists():
@@ -82,15 +144,25 @@ def identify(path: Path) -> str:
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
         raise ValueError(f"{path} is an adapter: python finetune.py --merge --init-from {path} "
                          "--out NEW makes a checkpoint of it")
+    refuse_others(path)
     folder = path if path.is_dir() else path.parent
-    if path.suffix == ".pt" or (path / "ckpt.pt").exists():
+    nanogpt = path / "ckpt.pt" if path.is_dir() else path
+    beside = [*path.glob("model*.safetensors"), *path.glob("pytorch_model*.bin")]
+    for name in ("ckpt.pt", "consolidated.00.pth"):
+        if beside and (path / name).exists():
+            raise ValueError(f"{path} holds {name} and {beside[0].name}: give the path of one")
+    if nanogpt.suffix == ".pt" and nanogpt.exists() and "model_args" in read_pickle(nanogpt):
         return "gpt"
-    meta = (folder / "params.json").exists() or any(folder.glob("consolidated.*.pth"))
-    if meta and not (folder / "config.json").exists():
+    places = [folder / place for place in ("", "original", "original/mp8", "original/mp16")]
+    if not (folder / "config.json").exists() and (path.is_dir() or "consolidated" in path.name) \
+            and any((place / name).exists() for place in places
+                    for name in ("params.json", "consolidated.00.pth")):
         return "llama3"
     stated = None
-    if (folder / "config.json").exists() and path.suffix != ".pth":
-        stated = read_json(folder / "config.json").get("model_type")
+    if (folder / "config.json").exists() and not (path.suffix == ".pth" and is_rwkv(path)):
+        config = read_json(folder / "config.json")
+        refuse_quantised(folder, config)
+        stated = config.get("model_type")
         if stated not in MODEL_TYPES:
             raise ValueError(f"{folder}/config.json is of model_type {stated!r}, none of "
                              + ", ".join(MODEL_TYPES))
@@ -121,18 +193,76 @@ def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrid
     path = locate(path)
     with readable(path):
         name = identify(path)
-    with readable(path, re.sub(r"(RWKV)", r"\1-", MODELS[name][1])):
+    with readable(path, re.sub(r"(RWKV)", r"\1-", MODELS[name][1])), numpy_values():
         model_class, config_class, _ = model_parts(name)
-        folder = path if path.is_dir() else path.parent
-        if (folder / "config.json").exists():
-            stated = read_json(folder / "config.json")                  # null: not stated
-            check_fields(config_class, {name: value for name, value in stated.items()
-                                        if value is not None}, folder / "config.json")
+        file = path / "config.json" if path.is_dir() else path.with_name("config.json")
+        stated = read_json(file)                                        # null: not stated
+        check_fields(config_class, {field: value for field, value in stated.items()
+                                    if value is not None}, file)
         unknown = set(overrides) - {spec.name for spec in dataclasses.fields(config_class)}
         if unknown:
             raise ValueError(f"{config_class.__name__} has no field {', '.join(sorted(unknown))}")
         check_fields(config_class, overrides, config_class.__name__)
-        return model_class.from_pretrained(path, device, dtype, **overrides)
+        model = model_class.from_pretrained(path, device, dtype, **overrides)
+    if not name.startswith("rwkv"):          # RWKV has fp32 parameters in bf16 files by design
+        unite_dtypes(model, path, str(stated.get("dtype") or stated.get("torch_dtype")))
+    return model
+
+
+def unite_dtypes(model: torch.nn.Module, path: Path, stated: str) -> None:
+    """All parameters in one dtype, if they have several, and say so: in the one that config.json
+    states, as transformers does, else in the one that most weights have."""
+    sizes = collections.Counter()
+    for parameter in model.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    if any(dtype.itemsize == 1 for dtype in sizes):
+        raise ValueError(f"{path} holds weights of 8 bits ({', '.join(map(str, sizes))}): "
+                         "quantised weights are not read here")
+    if len(sizes) > 1:
+        dtype = getattr(torch, stated.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            dtype = max(sizes, key=sizes.get)
+        model.to(dtype)                      # one parameter at a time: one copy in memory
+        stored = ", ".join(f"{size:,} {kind}" for kind, size in sizes.most_common())
+        print(f"{path} holds weights of several dtypes ({stored}): all became {dtype}".replace(
+            "torch.", ""), file=sys.stderr)
+
+
+class NumpyDtype:
+    """Stands for numpy's dtype while a pickle is read: a code like f8, and a byte order."""
+
+    def __init__(self, code: str, *_):
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: tuple):
+        self.order = ">" if state[1] == ">" else "="
+
+
+class NumpyArray:
+    """Stands for an array beside the weights, such as the state of a generator: it is not kept."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state: tuple):
+        pass
+
+
+def numpy_number(dtype: NumpyDtype, data: bytes):
+    """The Python number that a pickled scalar of numpy is; None for what is no number."""
+    if re.fullmatch(r"b1|[iuf][1248]", dtype.code):
+        return np.frombuffer(data, dtype.order + dtype.code)[0].item()
+
+
+def numpy_values():
+    """Lets torch.load read files with numpy's scalars in them (losses, rates); none of numpy's
+    own code runs on what the file says."""
+    names = {"dtype": NumpyDtype, "ndarray": NumpyArray}
+    for core in ("core", "_core"):
+        names |= {f"{core}.multiarray.scalar": numpy_number,
+                  f"{core}.multiarray._reconstruct": NumpyArray}
+    return torch.serialization.safe_globals(
+        [(stands_for, f"numpy.{name}") for name, stands_for in names.items()])
 
 
 @contextlib.contextmanager
@@ -143,7 +273,7 @@ def readable(path: Path, kind: str = ""):
     raise for such files, and no others: a fault of ours should not read as a damaged file.
     """
     damage = [OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
-              ArithmeticError, AssertionError, pickle.UnpicklingError, struct.error,
+              ArithmeticError, AssertionError, re.error, pickle.UnpicklingError, struct.error,
               zipfile.BadZipFile]
     with contextlib.suppress(ImportError):
         from safetensors import SafetensorError
@@ -153,13 +283,25 @@ def readable(path: Path, kind: str = ""):
     except tuple(damage) as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
-        reason = re.sub(r"\x1b\[[\d;]*m", "", " ".join(str(error).split()))[:300]
+        reason = re.sub(r"\x1b\[[\d;]*m", "", " ".join(str(error).split()))
+        foreign = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", reason)
+        reason = re.sub(r"Weights only load failed.*?(error: |$)|(In PyTorch 2.6|Please file).*",
+                        "", reason)[:300]                               # torch's advice
         pointers = [file for file in ([path] if path.is_file() else sorted(path.glob("*.*")))
                     if is_pointer(file)]
         if pointers:
             reason = f"{pointers[0]} is a pointer to the weights: run `git lfs pull` to get them"
+        elif foreign and foreign[1].rpartition(".")[2][:1].isupper():
+            reason = (f"{path} holds an object of the class {foreign[1]}, and nothing in a file is "
+                      "executed here: where it was made, save the weights alone, "
+                      "torch.save(model.state_dict(), FILE)")
+        elif foreign:
+            reason = (f"{path} is damaged, or no file of tensors: it would call {foreign[1]}, and "
+                      "nothing in a file is executed here")
         elif isinstance(error, OSError) and error.filename:
             reason = f"{error.filename}: {error.strerror}"
+        elif "can require gradients" in reason:
+            reason = f"{path} holds weights that are integers: quantised weights are not read here"
         elif "loading state_dict" in reason:
             reason = f"{path} does not fit its config: {reason}"
         elif type(error) is KeyError:
@@ -170,6 +312,11 @@ def readable(path: Path, kind: str = ""):
             reason = f"{path} is damaged, or no file of tensors ({type(error).__name__}: {reason})"
         elif str(path) not in reason:
             reason = f"{path}: {reason}"
+        held = [file.name for file in sorted(path.glob("*")) if file.suffix in
+                (".safetensors", ".bin", ".pt", ".pth", ".ckpt")]
+        if isinstance(error, FileNotFoundError) and held and "the folder holds" not in reason:
+            reason += (f"; the folder holds {', '.join(held[:6])}: give the path of the file with "
+                       "the weights, or put the index of parts beside them")
         raise (type(error) if type(error) is FileNotFoundError else ValueError)(reason) from error
 
 
@@ -234,7 +381,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def read_pickle(path: Path) -> dict:
     """The dict in a file of torch.save, mapped into memory; nothing in it is executed."""
-    with readable(path):
+    with readable(path), numpy_values():
         content = torch.load(path, map_location="cpu", weights_only=True,
                              mmap=zipfile.is_zipfile(path))             # no zip before torch 1.6
         if not isinstance(content, dict):
@@ -268,7 +415,7 @@ def make_run_directory(out: str | None, name: str) -> Path:
 
 
 def publish(model, tokenizer, settings, out: Path) -> None:
-    """Write what readers open: weights in the published layout, tokenizer, settings, picture."""
+    """Write what others open: weights in the published layout, tokenizer, settings."""
     model.save_pretrained(out)
     tokenizer.save(out, model_max_length=model.config.context)
     write_text(out / "generation_config.json", json.dumps(
@@ -276,7 +423,6 @@ def publish(model, tokenizer, settings, out: Path) -> None:
          "pad_token_id": model.config.pad_token_id, "do_sample": True, "temperature": 0.8},
         indent=2) + "\n")
     write_settings(settings, out)
-    draw_log(out)
 
 
 def write_settings(settings, out: Path) -> None:
@@ -314,21 +460,31 @@ def load_resume(asked: str) -> tuple[Path, dict]:
     return out, saved
 
 
+# These change the last bits of a run, not its recipe. (Other data are noticed by their contents.)
+ROUNDING = {"micro_batch", "checkpoint_activations", "device", "dtype", "compile"}
+
+
 def resume_settings(kind: type, saved: dict, asked, given: set[str], out: Path,
                     harmless: set[str]):
-    """The run's own settings; what was given beside --resume may not change the result."""
-    settings = kind(**saved["settings"])
+    """(the run's own settings, with what was given beside --resume; what of that is not exact).
+
+    ValueError for what would change the recipe.
+    """
+    settings, changed = kind(**saved["settings"]), []
     if "steps" in given and settings.steps and asked.steps > settings.steps == saved["step"]:
         raise ValueError(f"--steps {asked.steps} would change the result: {out} is finished and its "
                          "learning rate has fallen; to train on from its weights: --init-from "
                          f"{out} --steps {asked.steps - settings.steps}")
-    for name in given - {"resume"}:
-        if name not in harmless and getattr(asked, name) != getattr(settings, name):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(asked, name)} would change the "
-                             f"result: {out} was started with {getattr(settings, name)}")
-        setattr(settings, name, getattr(asked, name))
+    for name in sorted(given - {"resume"}):
+        value, before = getattr(asked, name), getattr(settings, name)
+        if name in ROUNDING and value != before:
+            changed.append(f"--{name.replace('_', '-')} {value} instead of {before}")
+        elif name not in harmless | {"data", "val"} and value != before:
+            raise ValueError(f"--{name.replace('_', '-')} {value} would change the result: {out} "
+                             f"was started with {before}")
+        setattr(settings, name, value)
     settings.resume, settings.out = str(out), str(out)
-    return settings
+    return settings, changed
 
 
 def saved_tokenizer(saved: dict):
@@ -347,13 +503,24 @@ def measured(out: Path, name: str) -> dict[int, float]:
     return {event["step"]: event[name] for event in map(json.loads, lines) if name in event}
 
 
-def draw_log(out: Path) -> None:
-    """loss.png of what log.jsonl has, where matplotlib is installed."""
+@functools.cache
+def can_draw() -> bool:
+    """Whether matplotlib is there; then it is made ready, to draw without a screen."""
     try:
         import matplotlib
     except ImportError:
-        return
+        return False
     matplotlib.use("Agg")
+    from matplotlib import pyplot
+    pyplot.figure().savefig(io.BytesIO())    # the first picture takes seconds
+    pyplot.close()
+    return True
+
+
+def draw_log(out: Path) -> None:
+    """loss.png of what log.jsonl has, where matplotlib is installed."""
+    if not can_draw():
+        return
     from matplotlib import pyplot
     train, val = measured(out, "loss"), measured(out, "val_loss")
     others = {name: found for name in ("accuracy", "reward") if (found := measured(out, name))}

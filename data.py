@@ -9,11 +9,9 @@ A document is an iterable of strings, its text in pieces, and can be read again:
 `TextFile`, which may be larger than memory. Bytes that are not text are lone surrogates in it until
 `clean` of tokenizer.py makes U+FFFD of them. Notices tell what was left out or replaced.
 """
-import argparse
 import array
 import codecs
 import contextlib
-import difflib
 import glob
 import gzip
 import hashlib
@@ -21,7 +19,6 @@ import io
 import itertools
 import json
 import os
-import re
 import signal
 import time
 import zlib
@@ -31,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flags import Parser
 from tokenizer import UNKNOWN, Progress, clean, load_tokenizer, replacing, train_bpe
 
 PIECE = 2 << 20         # characters that are read, and encoded, at a time
@@ -495,16 +493,6 @@ def open_tokens(path, vocab_size: int | None = None, headerless=False) -> tuple[
 
 
 # ---- command line --------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, which name the nearest flag."""
-
-    def error(self, message):
-        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.5)
-            message = f"unknown flag {unknown[1]}" + (f": did you mean {near[0]}?" if near else "")
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
 def main():

@@ -6,20 +6,17 @@
     python finetune.py --task grpo     --init-from out/gpt     learn what earns a reward
 
 Each has data of its own, read from the source of Python's standard library: what a function does,
-which package a docstring comes from, whose docstring it is, function headers to complete. Yours:
-
-    sft       .jsonl or .json of {"instruction", "input", "output"}, {"messages"}, or
-              {"prompt", "completion"}
-    classify  .csv, .tsv, .jsonl or .json with text and label; then --predict FILE
-    dpo       .jsonl or .json of {"prompt", "chosen", "rejected"}
-    grpo      .jsonl or .json of {"prompt"}, and --reward FILE.py with reward(prompt, completion)
+which package a docstring comes from, whose docstring it is, function headers to complete. Your own,
+--data FILE, have rows in one of the shapes that rows.py lists: conversations or questions and
+answers (sft), a text and its label (classify; then --predict FILE), a prompt with a chosen and a
+rejected answer (dpo), a prompt (grpo, with --reward FILE.py that has reward(prompt, completion)).
 
 --lora RANK trains two small matrices beside each large one, and keeps only them: an adapter, which
 peft opens for the models that transformers knows. What comes out is a run directory for chat.py.
 
-From the top: settings; what a row says; sequences and batches; the four losses; the four tasks;
-loading; `finetune`, with the loop. Adapters are in lora.py, files and default rows in rows.py. To
-change the data, see `Batches`; a loss, its task's `forward`; optimiser and schedule are train.py's.
+From the top: settings; the four losses; sequences and batches; the four tasks; loading; `finetune`,
+with the loop. Adapters are in lora.py, rows and rewards in rows.py. To change the data, see
+`Batches`; a loss, its task's `forward`; optimiser and schedule are train.py's.
 
 References: Hu et al. 2021, "LoRA"; Rafailov et al. 2023, "Direct Preference Optimization"; Shao et
 al. 2024, "DeepSeekMath" (GRPO); Yu et al. 2025, "DAPO" (the mean over tokens, not over sequences).
@@ -32,7 +29,6 @@ import json
 import math
 import os
 import random
-import runpy
 import shutil
 import sys
 import time
@@ -44,12 +40,14 @@ from torch.nn import functional as F
 
 import tokenizer as text
 import train
-from checkpoints import (check_vocabulary, config_values, eos_tokens, identify, load_checkpoint,
-                         load_resume, locate, make_run_directory, model_parts, publish, read_json,
-                         readable, resume_settings, save_resume, saved_tokenizer)
-from lora import LoRALinear, adapters, add_lora, load_adapter, merged, save_adapter  # noqa: F401
-from rows import (code_reward, header_rows, label_rows, preference_rows, question_rows,
-                  read_rows)
+from checkpoints import (check_vocabulary, config_values, draw_log, eos_tokens, identify,
+                         load_checkpoint, load_resume, locate, make_run_directory, model_parts,
+                         publish, read_json, readable, resume_settings, save_resume,
+                         saved_tokenizer)
+from lora import add_lora, load_adapter, merged, save_adapter
+from rows import (EMPTY, Notices, RewardError, all_labels, chat_parts, conversation, ending,
+                  header_rows, label_key, label_of, label_rows, load_reward, naming,
+                  preference_rows, question_rows, read_rows, score_code, shown, string, weight_of)
 from train import Run, flag
 
 # ----------------------------------------------------------------------------------------- settings
@@ -59,6 +57,7 @@ from train import Run, flag
 class Settings(train.Common):
     """Settings of finetune.py. task: the only one that a flag belongs to; needs: another flag."""
     data: list[str] = flag([], "files of examples (without: made from Python's standard library)")
+    columns: list[str] = flag([], "OURS=THEIRS: names of columns, as label=v1 text=v2")
     tokenizer: str | None = flag(None, "folder, file or name (the checkpoint's)")
     context: int | None = flag(None, "longest example, in tokens; the rest is cut off (1024, or "
                                "the model's)", "block_size", low=16)
@@ -73,7 +72,7 @@ class Settings(train.Common):
     chat: str | None = flag(None, "chat format, or none: plain text (the tokenizer's own, else "
                             "alpaca)", choices=("none", *text.CHAT_FORMATS))
     batch: int | None = flag(None, "examples in a step (16; grpo: 8 prompts)", "batch_size", low=1)
-    eval_examples: int = flag(256, "held-out examples of a validation on the way", low=1)
+    eval_examples: int = flag(256, "held-out examples of a validation", low=1)
     samples: int = flag(2, "how many samples to show", low=0)
     max_new_tokens: int = flag(64, "longest completion of grpo, and of samples", low=1)
     lora: int | None = flag(None, "train an adapter of this rank instead of the matrices", low=1)
@@ -88,106 +87,94 @@ class Settings(train.Common):
     predict: str | None = flag(None, "label the texts of this file, and stop", task="classify")
     beta: float = flag(0.1, "what leaving the start costs", task="dpo", above=0)
     label_smoothing: float = flag(0.0, "fraction of wrong preferences", task="dpo", low=0, high=0.5)
-    reward: str | None = flag(None, "EXECUTED file of reward(prompt, completion)", task="grpo")
+    reward: str | None = flag(None, "EXECUTED file with reward(prompt, completion)", task="grpo")
     group: int = flag(8, "completions of each prompt", task="grpo", low=2)
     temperature: float = flag(0.8, "of sampling", task="grpo", above=0)
     updates: int = flag(2, "steps on the same completions", task="grpo", low=1)
     clip_ratio: float = flag(0.2, "how far they may change a probability", task="grpo", above=0)
     kl: float = flag(0.05, "weight of the divergence from the start", task="grpo", low=0)
 
-# ---------------------------------------------------------------------------------- what a row says
-
-# Where the reply stands if the prompt stands under one of these keys: None is in the same list.
-# Else they are "prompt" and "completion". Each is a text or a list of messages.
-REPLY_TO = {"messages": None, "instruction": "output"}
+# ---------------------------------------------------------------------------------- the four losses
 
 
-def string(row: dict, name: str) -> str:
-    """The text under this key; ValueError with the keys that there are instead."""
-    if not isinstance(row.get(name), str):
-        has = ", ".join(str(key) for key in row if key != "where")
-        raise ValueError(f"{row.get('where', 'a row')} has {has}: it needs a text \"{name}\"")
-    return row[name]
+def sft_loss(log_probs: Tensor) -> Tensor:
+    """Supervised fine-tuning: -log p of each token of the replies. (B, T) -> (B, T)."""
+    return -log_probs
 
 
-def label_of(row: dict) -> str:
-    """The label of a row, as text."""
-    label = str(row["label"]).strip() if row.get("label") is not None else ""
-    if not label:
-        raise ValueError(f"{row.get('where', 'a row')} has no \"label\"")
-    return label
+def classify_loss(logits: Tensor, label: Tensor) -> Tensor:
+    """-log p of the right one of K labels. logits (B, K), label (B,) -> (B,)."""
+    return F.cross_entropy(logits, label, reduction="none")
 
 
-def conversation(row: dict, reply: str = "completion") -> list[dict]:
-    """The messages of a row, [{"role", "content"}, ...]; the reply may be under another key.
+def dpo_loss(margin: Tensor, smoothing: float) -> Tensor:
+    """Direct preference optimisation: -log sigmoid(margin) of each pair. (b,) -> (b,).
 
-    A reply that is a list of messages may begin with what was asked.
+    margin: beta times how much log p(chosen) - log p(rejected) has grown since the start. With
+    smoothing, that fraction of the preferences is taken to be the other way.
     """
-    asked = next((key for key in REPLY_TO if key in row), "prompt")
-    said = reply if reply in row else REPLY_TO.get(asked, reply)
-    fields = {asked: "user"} | ({said: "assistant"} if said else {})
-    first = row[said][:1] if isinstance(row.get(said), list) else []
-    if first and isinstance(first[0], dict) and first[0].get("role") != "assistant":
-        del fields[asked]                    # the reply holds its prompt
-    messages = []
-    for key, role in fields.items():
-        value = row.get(key)
-        messages += (value if isinstance(value, list) else
-                     [{"role": role, "content": string(row, key)}])
-    if not messages or not all(isinstance(message, dict) for message in messages):
-        raise ValueError(row.get("where", "a row")
-                         + ': messages are [{"role", "content"}, ...]')
-    if "instruction" in fields and row.get("input"):
-        messages[0] = {**messages[0], "input": row["input"]}
-    return messages
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
 
 
-def chat_parts(tokenizer, messages: list[dict], where="") -> list[tuple[list[int], bool]]:
-    """tokenizer.chat_parts; without a chat format, prompt and completion as plain text."""
-    try:
-        if tokenizer.chat_format != "alpaca":                           # it alone knows "input"
-            messages = [{"role": m["role"], "content": f"{m['content']}\n\n{m['input']}"}
-                        if m.get("input") else m for m in messages]
-        if tokenizer.chat_format:
-            return tokenizer.chat_parts(messages)
-        if [m["role"] for m in messages] not in (["user"], ["user", "assistant"]):
-            raise ValueError("--chat none takes one prompt and one completion")
-        prompt, *reply = [tokenizer.encode(m["content"]) for m in messages]
-        prompt = [*tokenizer.prefix_ids, *prompt] or ending(tokenizer)
-        return [(prompt, False)] + [(ids + ending(tokenizer), True) for ids in reply]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{where}: {error}" if where else str(error)) from None
+def grpo_loss(new: Tensor, old: Tensor, reference: Tensor, advantage: Tensor, clip: float,
+              kl: float) -> Tensor:
+    """Group relative policy optimisation: the clipped objective of each token, negated, plus kl
+    times its divergence from the start. (B, T) -> (B, T).
+
+    new, old, reference (B, T): log-probabilities by the model that learns, by the one that drew the
+    tokens, by the start; advantage (B, 1). The divergence is estimated by r - 1 - log r >= 0, where
+    r is the ratio of the start's probability to the new one.
+    """
+    ratio, gap = (new - old).exp(), reference - new
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return kl * (gap.exp() - 1 - gap) - gain
 
 
-def ending(tokenizer) -> list[int]:
-    """The tokens that end a reply."""
-    if not tokenizer.chat_format:
-        return [tokenizer.stop_ids[0] if tokenizer.end_id is None else tokenizer.end_id]
-    silence = [{"role": role, "content": ""} for role in ("user", "assistant")]
-    reply = tokenizer.chat_parts(silence)[-1][0]
-    return reply if tokenizer.chat_format == "world" else reply[-1:]    # there: a blank line
+def advantages(rewards: list[float]) -> list[float]:
+    """How much better each of a group is than the group, in its standard deviations."""
+    r = torch.tensor(rewards, dtype=torch.float64)
+    return ((r - r.mean()) / (r.std(correction=0) + 1e-4)).tolist()
+
+
+def log_probs(model, batch: dict, temperature: float = 1.0, penalty: float = 0.0) -> Tensor:
+    """(B, T) fp32: the log-probability of each target, 0 where there is none."""
+    learned = batch["targets"] != -100                                  # no logits for the prompts
+    hidden, targets = model.hidden(batch["tokens"])[learned], batch["targets"][learned]   # (N, C)
+    losses = train.token_losses(model, hidden, targets, temperature, penalty)           # (N,)
+    return torch.zeros(learned.shape, device=losses.device).masked_scatter(learned, -losses)
 
 # ---------------------------------------------------------------------------- sequences and batches
 
 
-def sequence(tokenizer, messages, limit: int, where="", everything=False):
+def sequence(tokenizer, messages, limit: int, everything=False, notices: Notices | None = None):
     """(inputs, targets) of a conversation, at most `limit` tokens each; -100 is no target.
 
-    Only replies are learned, or everything. A reply that is cut still ends. None: no reply is left.
+    Only replies are learned, or everything, but for replies of weight 0. A reply that is cut still
+    ends, and is counted. None: cutting leaves no reply to learn.
     """
-    parts, end = chat_parts(tokenizer, messages, where), ending(tokenizer)
-    ids = [id for part, _ in parts for id in part]
-    reply = [is_reply for part, is_reply in parts for _ in part]
+    notices = Notices() if notices is None else notices
+    parts, end = chat_parts(tokenizer, messages), ending(tokenizer)
+    weights = iter([m.get("weight", 1) for m in messages if m["role"] == "assistant"])
+    if not everything and any(m.get("weight") for m in messages if m["role"] != "assistant"):
+        raise ValueError("a message that is no reply has weight 1: --all-tokens learns all of them")
+    ids, reply, learn, cut = [], [], [], 0
+    for part, is_reply in parts:
+        ids += part
+        reply += [is_reply] * len(part)
+        learn += [next(weights) if is_reply else everything] * len(part)
+        cut += is_reply and len(ids) > limit + 1
     if len(ids) > limit + 1:
-        cut = reply[limit] and reply[limit + 1]                         # in the middle of a reply
+        within = reply[limit] and reply[limit + 1]                      # in the middle of a reply
         ids, reply = ids[:limit + 1], reply[:limit + 1]
-        if cut and all(reply[-len(end) - 1:]):                          # more than the end is left
+        if within and all(reply[-len(end) - 1:]):                       # more than the end is left
             ids[-len(end):] = end
         while reply and not (all(reply[-len(end):]) and ids[-len(end):] == end):
             ids, reply = ids[:-1], reply[:-1]                           # questions without answer
-    if not any(reply[1:]):
+    if not any(both[0] and both[1] for both in zip(reply[1:], learn[1:])):
         return None
-    return ids[:-1], [id if learn or everything else -100 for id, learn in zip(ids[1:], reply[1:])]
+    notices["replies"] += sum(is_reply for _, is_reply in parts)
+    notices[f"replies are cut at --context {limit}"] += cut
+    return ids[:-1], [id if learnt else -100 for id, learnt in zip(ids[1:], learn[1:])]
 
 
 def length(example: dict) -> int:
@@ -251,62 +238,13 @@ class Batches(train.Batches):
         """This process's micro-batches of a step."""
         return [collate(group, self.context) for group in groups(self.chosen(step), self.budget)]
 
-# ---------------------------------------------------------------------------------- the four losses
-
-
-def sft_loss(log_probs: Tensor) -> Tensor:
-    """Supervised fine-tuning: -log p of each token of the replies. (B, T) -> (B, T)."""
-    return -log_probs
-
-
-def classify_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """-log p of the right one of K labels. logits (B, K), label (B,) -> (B,)."""
-    return F.cross_entropy(logits, label, reduction="none")
-
-
-def dpo_loss(margin: Tensor, smoothing: float) -> Tensor:
-    """Direct preference optimisation: -log sigmoid(margin) of each pair. (b,) -> (b,).
-
-    margin: beta times how much log p(chosen) - log p(rejected) has grown since the start. With
-    smoothing, that fraction of the preferences is taken to be the other way.
-    """
-    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
-
-
-def grpo_loss(new: Tensor, old: Tensor, reference: Tensor, advantage: Tensor, clip: float,
-              kl: float) -> Tensor:
-    """Group relative policy optimisation: the clipped objective of each token, negated, plus kl
-    times its divergence from the start. (B, T) -> (B, T).
-
-    new, old, reference (B, T): log-probabilities by the model that learns, by the one that drew the
-    tokens, by the start; advantage (B, 1). The divergence is estimated by r - 1 - log r >= 0, where
-    r is the ratio of the start's probability to the new one.
-    """
-    ratio, gap = (new - old).exp(), reference - new
-    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    return kl * (gap.exp() - 1 - gap) - gain
-
-
-def advantages(rewards: list[float]) -> list[float]:
-    """How much better each of a group is than the group, in its standard deviations."""
-    r = torch.tensor(rewards, dtype=torch.float64)
-    return ((r - r.mean()) / (r.std(correction=0) + 1e-4)).tolist()
-
-
-def log_probs(model, batch: dict, temperature: float = 1.0, penalty: float = 0.0) -> Tensor:
-    """(B, T) fp32: the log-probability of each target, 0 where there is none."""
-    learned = batch["targets"] != -100                                  # no logits for the prompts
-    hidden, targets = model.hidden(batch["tokens"])[learned], batch["targets"][learned]   # (N, C)
-    losses = train.token_losses(model, hidden, targets, temperature, penalty)           # (N,)
-    return torch.zeros(learned.shape, device=losses.device).masked_scatter(learned, -losses)
-
 # ----------------------------------------------------------------------------------- the four tasks
 
 
 class Task(nn.Module):
     """A model and its loss: forward(batch) gives (sum, number of targets), so that DDP, FSDP and
     torch.compile can wrap it. Each of the four has, too, example(row): {"rows": [(inputs, targets),
-    ...]} and what else the loss needs, or None where cutting leaves nothing; measures(examples):
+    ...]} and what else the loss needs, or None where nothing is to be learnt; measures(examples):
     {name: value}; sample(examples): a text. kept: what a resumed run needs beside the weights."""
 
     def __init__(self, settings: Settings, run: Run, tokenizer, model, kept: dict):
@@ -314,6 +252,7 @@ class Task(nn.Module):
         self.settings, self.run, self.tokenizer, self.kept = settings, run, tokenizer, kept
         self.model, self.config, self.OPTIMIZER = model, model.config, model.OPTIMIZER
         self.stop = {*tokenizer.stop_ids, *eos_tokens(model.config)}
+        self.notices = Notices()
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """The model's; a head of the task does not decay."""
@@ -322,12 +261,21 @@ class Task(nn.Module):
                 dict(params=head, weight_decay=0.0, lr_scale=1.0, hidden_matrix=False)]
 
     def prepare(self, rows: list[dict]) -> list[dict]:
-        """Examples of rows; those of which cutting leaves nothing are left out."""
-        made = [example for example in map(self.example, rows) if example]
-        if len(made) < len(rows):
-            self.run.say(f"data       {len(rows) - len(made)} examples are left out: no reply is "
-                         f"left of them within --context {self.settings.context}")
+        """Examples of rows; what is left out is noted, and how many are equal."""
+        made, notices = [], self.notices
+        for row in rows:
+            with naming(row):
+                if self.settings.task != "classify" and weight_of(row) == 0:
+                    notices["rows are left out: their weight is 0"] += 1
+                elif example := self.example(row):
+                    made.append(example)
+        notices["rows"] += len(rows)
+        notices["rows are copies of others"] += len(made) - len({*map(content_of, made)})
         return made
+
+    def leave_out(self, why: str) -> None:
+        """Note that a row gives no example."""
+        self.notices[f"rows are left out: {why}"] += 1
 
     def batches(self, examples: list[dict]):
         """Yield (examples, their batch on the device), as much at once as fits."""
@@ -360,12 +308,23 @@ class SFT(Task):
         return losses.sum(), (batch["targets"] != -100).sum()
 
     def example(self, row: dict) -> dict | None:
-        messages = conversation(row)
-        while messages and messages[-1].get("role") == "user":          # a question at the end
+        messages = conversation(row, notices=self.notices)
+        replies = [message for message in messages if message["role"] == "assistant"]
+        empty = [message for message in replies if not message["content"].strip()]
+        for message in empty:
+            message["weight"] = 0
+        if not any(message.get("weight", 1) for message in replies):
+            return self.leave_out("no reply to learn (none, empty, or of weight 0)")
+        self.notices["rows have an empty reply, too, which is not learnt"] += bool(empty)
+        asks = messages[-1]["role"] != "assistant"
+        self.notices["rows end in a question, which is left out"] += asks
+        while messages[-1]["role"] != "assistant":
             messages.pop()
-        made = messages and sequence(self.tokenizer, messages, self.settings.context,
-                                     row.get("where", ""), self.settings.all_tokens)
-        return {"rows": [made], "messages": messages} if made else None
+        made = sequence(self.tokenizer, messages, self.settings.context, self.settings.all_tokens,
+                        self.notices)
+        if made is None:
+            return self.leave_out(f"no reply is left within --context {self.settings.context}")
+        return {"rows": [made], "messages": messages}
 
     def measures(self, examples: list[dict]) -> dict:
         self.eval()
@@ -375,14 +334,14 @@ class SFT(Task):
 
     def sample(self, examples: list[dict]) -> str:
         """Answers to held-out prompts."""
-        shown = []
+        lines = []
         for *asked, right in [example["messages"] for example in examples]:
             prompt = [id for part, _ in chat_parts(self.tokenizer, asked) for id in part]
             [new] = self.model.generate([prompt[:self.settings.context - 1]],
                                         self.settings.max_new_tokens, temperature=0, stop=self.stop)
-            shown.append(f"prompt: {asked[-1]['content']}\n reply: "
-                         f"{self.tokenizer.decode(new).strip()}\n right: {right['content']}")
-        return "\n".join(shown)
+            lines += [f"prompt: {shown(asked)}", f" reply: {self.tokenizer.decode(new).strip()}",
+                      f" right: {right['content']}"]
+        return "\n".join(lines)
 
 
 def width(model) -> int:
@@ -396,6 +355,7 @@ class Classify(Task):
     def __init__(self, settings, run, tokenizer, model, kept):
         super().__init__(settings, run, tokenizer, model, kept)
         self.labels, self.confusion = kept["labels"], None
+        self.places = {label_key(label): n for n, label in enumerate(self.labels)}
         self.head = nn.Linear(width(model), len(self.labels))
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -415,16 +375,20 @@ class Classify(Task):
         return losses.sum(), len(losses)
 
     def example(self, row: dict) -> dict:
-        if (label := label_of(row)) not in self.labels:
-            raise ValueError(f"{row.get('where', 'a row')}: label {label!r} is none of "
-                             + ", ".join(self.labels))
-        return {"rows": [self.sequence(row)], "label": self.labels.index(label)}
+        label = label_of(row)
+        if label_key(label) not in self.places:
+            raise ValueError(f"label {label!r} is none of {', '.join(self.labels)}")
+        return {"rows": [self.sequence(row)], "label": self.places[label_key(label)]}
 
     def sequence(self, row: dict) -> tuple[list[int], list[int]]:
         """(inputs, no targets) of a text."""
         ids = [*self.tokenizer.prefix_ids, *self.tokenizer.encode(string(row, "text"))]
-        ids = (ids or ending(self.tokenizer))[:self.settings.context]
-        return ids, [-100] * len(ids)
+        ids, limit = ids or ending(self.tokenizer), self.settings.context
+        self.notices["texts"] += 1
+        self.notices[f"texts are cut at --context {limit}"] += len(ids) > limit
+        self.notices.ignore(key for key, value in row.items()
+                            if key not in ("text", "label", "where") and value not in EMPTY)
+        return ids[:limit], [-100] * len(ids[:limit])
 
     def measures(self, examples: list[dict]) -> dict:
         K = len(self.labels)
@@ -457,7 +421,8 @@ class Classify(Task):
         """Print label, probability and text of each row, one on a line."""
         self.eval()
         for row in rows:
-            batch = collate([{"rows": [self.sequence(row)]}], self.settings.context)
+            with naming(row):
+                batch = collate([{"rows": [self.sequence(row)]}], self.settings.context)
             with self.run.autocast():
                 logits = self.logits(train.to_device(batch, self.run.device))
             p, label = logits.softmax(-1)[0].max(-1)
@@ -487,9 +452,21 @@ class DPO(Task):
         return losses.sum(), len(losses)
 
     def example(self, row: dict) -> dict | None:
-        pair = [sequence(self.tokenizer, conversation(row, reply), self.settings.context,
-                         row.get("where", "")) for reply in ("chosen", "rejected")]
-        return {"rows": pair, "row": row, "reference": 0.0} if all(pair) else None
+        keys, seen = ("chosen", "rejected"), Notices()
+        both = [conversation(row, key, seen) for key in keys]
+        self.notices.ignore(key for key in seen.ignored if key not in keys)
+        if both[0] == both[1]:
+            return self.leave_out("chosen and rejected are equal")
+        if not all(messages[-1]["content"].strip() for messages in both):
+            return self.leave_out("chosen or rejected is empty")
+        limit = self.settings.context
+        pair = [sequence(self.tokenizer, messages, limit, notices=self.notices)
+                for messages in both]
+        if not all(pair):
+            return self.leave_out(f"no reply is left within --context {limit}")
+        if pair[0] == pair[1]:
+            return self.leave_out(f"chosen and rejected are equal when cut at --context {limit}")
+        return {"rows": pair, "messages": both, "reference": 0.0}
 
     @torch.no_grad()
     def remember_start(self, examples: list[dict]) -> None:
@@ -517,11 +494,14 @@ class DPO(Task):
     @torch.no_grad()
     def sample(self, examples: list[dict]) -> str:
         """Held-out pairs and their margins."""
-        return "\n".join(
-            f"margin {self.margins(batch).item():+.2f}  {example['row'].get('prompt')!r:.70}\n"
-            f"    chosen   {example['row']['chosen']!r:.80}\n"
-            f"    rejected {example['row']['rejected']!r:.80}"
-            for example in examples for _, batch in self.batches([example]))
+        lines = []
+        for example in examples:
+            [(_, batch)] = self.batches([example])
+            (*asked, chosen), (*_, rejected) = example["messages"]
+            lines += [f"margin {self.margins(batch).item():+.2f}  {shown(asked)}",
+                      f"    chosen   {chosen['content']!r:.80}",
+                      f"    rejected {rejected['content']!r:.80}"]
+        return "\n".join(lines)
 
 
 class GRPO(Task):
@@ -530,10 +510,10 @@ class GRPO(Task):
 
     def __init__(self, settings, run, tokenizer, model, kept):
         super().__init__(settings, run, tokenizer, model, kept)
-        self.score = code_reward
+        self.score, self.reads = score_code, set()
         if settings.reward:
             run.say(f"reward     EXECUTES {settings.reward}: it is your own code")
-            self.score = load_reward(settings.reward)
+            self.score, self.reads = load_reward(settings.reward)
         self.silent = set(tokenizer.special_ids.values()) & self.stop   # end, and are no text
         if not settings.data:                # there, a blank line ends a function, too
             self.stop |= {id for id in range(tokenizer.vocab_size)
@@ -550,14 +530,19 @@ class GRPO(Task):
         return (losses * drawn).sum(), drawn.sum()
 
     def example(self, row: dict) -> dict | None:
-        asked, where = conversation({"output": "", "completion": "", **row}), row.get("where", "")
-        while asked and asked[-1].get("role") == "assistant":           # what is to be drawn
+        seen = Notices()
+        asked = conversation(row, "", seen)
+        if self.reads is not None:           # else the reward gets all that the row has
+            self.notices.ignore(key for key in seen.ignored if key not in self.reads)
+        while asked and asked[-1]["role"] == "assistant":               # what is to be drawn
             asked.pop()
         if not asked:
-            raise ValueError(f"{where or 'a row'} has no prompt")
-        ids = [id for part, _ in chat_parts(self.tokenizer, asked, where) for id in part]
-        fits = len(ids) + 8 <= self.settings.context
-        return {"rows": [(ids, ids)], "prompt": asked[-1]["content"]} if fits else None
+            raise ValueError("it has no prompt")
+        ids = [id for part, _ in chat_parts(self.tokenizer, asked) for id in part]
+        if len(ids) + 8 > self.settings.context:
+            return self.leave_out("the prompt has no room for a completion within --context "
+                                  f"{self.settings.context}")
+        return {"rows": [(ids, ids)], "prompt": shown(asked[-1:]), "messages": asked, "row": row}
 
     def draw(self, prompts: list[dict], seed: int) -> list[dict]:
         """A group of completions of each prompt, as examples, with what each of them earned."""
@@ -574,10 +559,10 @@ class GRPO(Task):
             ids, group = prompt["rows"][0][0], drawn[n * size:(n + 1) * size]
             texts = [self.tokenizer.to_bytes([id for id in new if id not in self.silent], False)
                      .decode("utf-8", "replace") for new in group]
-            rewards = self.score(prompt["prompt"], texts, [new[-1] in self.stop for new in group])
+            rewards = self.score(prompt, texts, [new[-1] in self.stop for new in group])
             for new, words, reward, better in zip(group, texts, rewards, advantages(rewards)):
                 row = ([*ids, *new][:-1], [-100] * (len(ids) - 1) + new)
-                made.append({"rows": [row], "prompt": prompt["prompt"], "text": words,
+                made.append({"rows": [row], "asked": prompt["messages"], "text": words,
                              "drawn": len(new), "reward": reward, "advantage": better})
         return made
 
@@ -611,26 +596,8 @@ class GRPO(Task):
 
     def sample(self, prompts: list[dict]) -> str:
         """Completions of held-out prompts, the first of each group."""
-        return "\n".join(f"--- reward {m['reward']:g} ---\n{m['prompt']}{m['text']}"
+        return "\n".join(f"--- reward {m['reward']:g} ---\n{shown(m['asked'])}{m['text']}"
                          for m in self.draw(prompts, seed=1)[::self.settings.group])
-
-
-def load_reward(path: str):
-    """The rewards of a group, by reward(prompt, completion) of a Python file, which is executed."""
-    try:
-        reward = runpy.run_path(path)["reward"]
-    except Exception as error:               # the user's code can raise anything
-        raise ValueError(f"--reward {path}: {type(error).__name__}: {error}") from None
-
-    def score(prompt, completions, ended):
-        try:
-            values = [float(reward(prompt, completion)) for completion in completions]
-        except Exception as error:
-            raise ValueError(f"--reward {path}: {type(error).__name__}: {error}") from None
-        if not all(map(math.isfinite, values)):
-            raise ValueError(f"--reward {path} gave {values}: rewards are finite numbers")
-        return values
-    return score
 
 # ------------------------------------------------------------------------------------------ loading
 
@@ -639,19 +606,28 @@ RECIPES = {"sft": (SFT, question_rows, 16, 3, 1.0), "classify": (Classify, label
            "dpo": (DPO, preference_rows, 16, 2, 0.3), "grpo": (GRPO, header_rows, 8, 1, 1.0)}
 
 
-def split(rows: list[dict], settings: Settings) -> tuple[list[dict], list[dict]]:
-    """(to learn from, held out): the same part of every label."""
+def content_of(example: dict) -> int:
+    """The same for examples that are copies of each other."""
+    return hash(repr((example["rows"], example.get("label"))))
+
+
+def split(examples: list[dict], settings: Settings) -> tuple[list[dict], list[dict]]:
+    """(to learn from, held out): the same part of every label; copies stay together."""
     piles, learn, held, dice = {}, [], [], random.Random(settings.split_seed)
-    for row in rows:
-        piles.setdefault(label_of(row) if settings.task == "classify" else "", []).append(row)
+    for example in examples:
+        piles.setdefault(example.get("label", 0), []).append(example)
     least = min(map(len, piles.values()), default=0) if settings.balance else None
     for _, pile in sorted(piles.items()):
         dice.shuffle(pile)
-        pile = pile[:least]
-        out = min(len(pile) - 1, max(1, round(settings.hold_out * len(pile))))
-        out = 0 if settings.val else out
-        held += pile[:out]
-        learn += pile[out:]
+        pile, copies = pile[:least], {}
+        for example in pile:
+            copies.setdefault(content_of(example), []).append(example)
+        room = min(len(copies) - 1, max(1, round(settings.hold_out * len(pile))))
+        room = 0 if settings.val else room
+        for group in copies.values():
+            side = held if len(group) <= room else learn
+            side += group
+            room -= len(group) if side is held else 0
     dice.shuffle(learn)
     dice.shuffle(held)
     return learn, held
@@ -730,8 +706,8 @@ def fill_defaults(settings: Settings, tokenizer, model) -> None:
             model.config = dataclasses.replace(model.config, eos_token_id=stops)
 
 
-def open_task(settings: Settings, run: Run, tokenizer, model, rows: list[dict],
-              kept: dict) -> Task:
+def open_task(settings: Settings, run: Run, tokenizer, model, rows: list[dict], kept: dict,
+              notices: Notices) -> Task:
     """The task on the device, with new adapters, and with a new head or that of --init-from."""
     torch.manual_seed(settings.seed)         # adapters and heads are drawn
     if settings.lora:
@@ -746,11 +722,12 @@ def open_task(settings: Settings, run: Run, tokenizer, model, rows: list[dict],
         elif settings.predict:
             raise ValueError(f"--predict: {settings.init_from} has no head yet: train one first")
         else:
-            kept["labels"] = sorted({label_of(row) for row in rows})
+            kept["labels"] = all_labels(rows, notices)
         if len(kept["labels"]) < 2:
             raise ValueError("two labels are needed, there is "
                              + (", ".join(kept["labels"]) or "none"))
     task = RECIPES[settings.task][0](settings, run, tokenizer, model, kept)
+    task.notices = notices
     if head:
         task.head.load_state_dict(head)
     return task.to(run.device).train(settings.task == "sft")            # the others: no dropout
@@ -763,7 +740,9 @@ def plan(settings: Settings, run: Run, name: str, task: Task, learn: list[dict],
         raise ValueError(f"--batch {settings.batch} leaves some of {run.world} processes idle")
     for what, examples in (("learn from", learn), ("measure on", held)):
         if not examples:
-            raise ValueError(f"no examples to {what}: give more data")
+            lost = [line for line in task.notices.lines()
+                    if "are left out" in line or "are copies" in line]
+            raise ValueError(f"no examples to {what}: {'; '.join(lost) or 'give more data'}")
     if settings.epochs:
         steps = settings.epochs * len(learn) / settings.batch
         settings.steps = math.ceil(steps * (settings.updates if settings.task == "grpo" else 1))
@@ -775,9 +754,12 @@ def plan(settings: Settings, run: Run, name: str, task: Task, learn: list[dict],
     learned = sum(p.numel() for p in task.parameters() if p.requires_grad)
     source = ", ".join(settings.data) or "the source of Python's standard library"
     run.say(f"data       {source}: {len(learn)} examples to learn from, {len(held)} held out")
+    for notice in task.notices.lines():
+        run.say(f"data       {notice}")
     run.say(f"model      {name}, {total:,} parameters, of which {learned:,} learn")
-    train.plan_memory(settings, run, type(task.model), task.config, rows,
-                      sum(sizes.values()), learned)
+    with torch.device("meta"):
+        empty = train.NextTokenLoss(type(task.model)(task.config).train())
+    train.plan_memory(settings, run, empty, rows, sum(sizes.values()), learned)
     run.say(f"plan       {settings.task}: {settings.steps} steps of {settings.batch} examples, "
             f"learning rate {settings.lr:.2g}" + (
                 f", chat format {settings.chat}" if settings.task != "classify" else ""))
@@ -791,12 +773,12 @@ def finetune(settings: Settings, given: set[str]) -> None:
     saved = None
     if settings.resume:
         out, saved = load_resume(settings.resume)
-        settings = resume_settings(Settings, saved, settings, given, out,
-                                   train.HARMLESS | {"samples", "eval_examples"})
+        settings, changed = resume_settings(Settings, saved, settings, given, out,
+                                            train.HARMLESS | {"samples", "eval_examples"})
     else:
         check_settings(settings, given)
     with contextlib.redirect_stdout(sys.stderr if settings.predict else sys.stdout):
-        run = train.start_run(settings)      # of a prediction only labels go to stdout
+        run = train.start_run(settings, train.STARTED)  # of a prediction only labels go to stdout
     if saved:
         name, tokenizer = saved["name"], saved_tokenizer(saved)
         model_class, config_class, _ = model_parts(name)
@@ -807,14 +789,19 @@ def finetune(settings: Settings, given: set[str]) -> None:
             return write_merged(settings, run, name, model, tokenizer)
         fill_defaults(settings, tokenizer, model)
     place = [settings.predict] if settings.predict else settings.data
-    rows = read_rows(place, settings.encoding) if place else RECIPES[settings.task][1]()
-    task = open_task(settings, run, tokenizer, model, rows, saved["task"] if saved else {})
+    notices = Notices()
+    reading = (settings.encoding, settings.columns, notices)
+    rows = read_rows(place, *reading) if place else RECIPES[settings.task][1]()
+    task = open_task(settings, run, tokenizer, model, rows, saved["task"] if saved else {}, notices)
     if settings.predict:
-        return task.predict(rows)
+        task.predict(rows)
+        for notice in notices.lines():
+            print(notice, file=sys.stderr)
+        return
 
-    learn, held = split(rows, settings)
-    held = read_rows(settings.val, settings.encoding) if settings.val else held
-    learn, held = task.prepare(learn), task.prepare(held)
+    learn, held = split(task.prepare(rows), settings)
+    if settings.val:
+        held = task.prepare(read_rows(settings.val, *reading))
     key = hashlib.blake2b(repr([[e["rows"] for e in part] for part in (learn, held)]).encode(),
                           digest_size=8).hexdigest()
     if saved and key != saved["data"]:
@@ -827,7 +814,7 @@ def finetune(settings: Settings, given: set[str]) -> None:
     batches = Batches(learn, settings, run)
     optimizer = train.make_optimizer(task, settings.weight_decay)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    step, skipped, after = 0, 0, {}
+    step, skipped, best = 0, 0, {"step": 0, "done": 0.0, "measures": {}}
 
     def micro_batches(step):
         """GRPO draws its own; each round of them serves some steps."""
@@ -841,19 +828,32 @@ def finetune(settings: Settings, given: set[str]) -> None:
     def save():
         if run.rank == 0:
             save_resume(run.out, settings, run, tokenizer, key, task.config, name=name, step=step,
-                        before=before, task=task.kept, model=task.state_dict(),
+                        before=before, best=best, task=task.kept, model=task.state_dict(),
                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            publish(task, tokenizer, settings, run.out)
+            if settings.keep == "last" or best["step"] in (0, step):
+                publish(task, tokenizer, settings, run.out)
+            draw_log(run.out)
+
+    @contextlib.contextmanager
+    def saving():
+        """Save what was learnt before a user's reward ends the run."""
+        try:
+            yield
+        except RewardError as error:
+            save()
+            raise ValueError(f"{error}; the state after step {step} is saved: --resume {run.out} "
+                             "goes on") from None
     if saved:
         task.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         step, run.started = saved["step"], time.time() - saved["spent"]
+        best = saved.get("best", best)
         if max(run.world, saved["world"]) > 1:                          # each has drawn its own
             task.kept.pop("round", None)
-        if saved["world"] != run.world:
-            run.say(f"resume     not bit-exactly: started on {saved['world']} processes")
-    before = saved["before"] if saved else task.measures(held)
+        train.say_changes(run, saved, changed)
+    held_out = held[:settings.eval_examples]
+    before = saved["before"] if saved else task.measures(held_out)
     run.say("before     " + train.shown(before))
     if settings.eval_only:
         return
@@ -869,8 +869,8 @@ def finetune(settings: Settings, given: set[str]) -> None:
     if settings.compile != "off":
         loss = train.compile_loss(settings.compile, run, task, micro_batches(step)[0])
     pace = train.Pace(settings, run, step)
-    with train.Interrupt() as interrupt:
-        while step < pace.steps:
+    with train.Interrupt() as interrupt, saving():
+        while pace.done < 1:
             begun = time.perf_counter()
             torch.manual_seed((settings.seed * 1_000_003 + step) * run.world + run.rank)
             lr = train.learning_rate(settings, step, pace.steps)
@@ -893,23 +893,32 @@ def finetune(settings: Settings, given: set[str]) -> None:
                 save()
                 raise ValueError("ten steps in a row had no finite loss or gradient: the state "
                                  f"after step {step} is saved; try a lower --lr")
-            last = step >= pace.steps
-            if last or train.due(settings.eval_every, 10, step, pace.steps):
-                after = task.measures(held if last else held[:settings.eval_examples])
+            if pace.due(settings.eval_every, 10, step):
+                after = task.measures(held_out)
                 run.log(step=step, **after)
                 run.say("           validation: " + train.shown(after))
-            if last or train.due(settings.sample_every, 4, step, pace.steps):
+                if not best["step"] or better(after, best["measures"]):
+                    best = {"step": step, "done": pace.done, "measures": after}
+                    if settings.keep == "best" and run.rank == 0:
+                        publish(task, tokenizer, settings, run.out)
+                elif settings.keep == "best" and pace.done - best["done"] > 1 / 3:
+                    run.say(f"stopped    at step {step}: no validation has been better than that "
+                            f"of step {best['step']} for a third of the run")
+                    pace.done = 1.0
+            if pace.done < 1 and pace.due(settings.sample_every, 3, step):
                 run.say(task.sample(held[:settings.samples]))
             stop = interrupt.seen(run)
-            if pace.save_is_due() or last or stop:
+            if pace.save_is_due() or stop:
                 save()
             if stop:
                 run.say(f"stopped after step {step}; to go on:  "
                         f"python finetune.py --resume {run.out}")
                 raise SystemExit(128 + stop)
-    if not after:                            # all was done, but perhaps not published
-        after = task.measures(held)
-        save()
+    run.say(task.sample(held[:settings.samples]))
+    after = best["measures"] if settings.keep == "best" else task.measures(held_out)
+    save()
+    if settings.keep == "best":
+        run.say(f"the weights kept are those of step {best['step']}, the best validation")
     for measure, value in after.items():
         run.say(f"{measure:<10} {before[measure]:.4f} -> {value:.4f}")
     use = f"python chat.py {settings.out}"
@@ -919,6 +928,13 @@ def finetune(settings: Settings, given: set[str]) -> None:
         use = f"python finetune.py --merge --init-from {settings.out} --out NEW"
     run.say(f"{train.clock(time.time() - run.started)} in all, peak memory "
             f"{train.peak_bytes(run.device) / 2**30:.2f} GB. Use it:  {use}")
+
+
+def better(measures: dict, than: dict) -> bool:
+    """Whether a validation is better than another: a smaller loss, or a larger reward."""
+    if "reward" in measures:
+        return measures["reward"] > than["reward"]
+    return measures["val_loss"] < than["val_loss"]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -39,6 +39,7 @@ import itertools
 import json
 import math
 import os
+import re
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -113,13 +114,12 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)   # q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, positions, mask, cache):
+    def forward(self, x, mask, cache):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.heads, -1).unbind(2)            # (B, T, H, D)
-        if cache is not None:
-            k = store(cache[0], positions, k)                          # (B, slots, H, D)
-            v = store(cache[1], positions, v)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H, T or slots, D)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.heads, -1).transpose(1, 3).unbind(2)
+        if cache is not None:                                           # each (B, H, T, D)
+            keys, values, place = cache
+            k, v = store(keys, place, k), store(values, place, v)       # (B, H, slots, D)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
             dropout_p=self.dropout if self.training else 0.0)           # (B, H, T, D)
@@ -150,64 +150,72 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x, positions, mask, cache):
-        x = x + self.drop(self.attn(self.ln_1(x), positions, mask, cache))
+    def forward(self, x, mask, cache):
+        x = x + self.drop(self.attn(self.ln_1(x), mask, cache))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
 class State(NamedTuple):
     """The KV cache of a batch, preallocated and updated in place."""
     position: Tensor                         # (B,) int64: number of tokens seen, row by row
-    key: Tensor                              # (B, L, M, H, D), in the parameters' dtype
-    value: Tensor                            # (B, L, M, H, D)
+    key: Tensor                              # (B, L, H, M, D), in the parameters' dtype
+    value: Tensor                            # (B, L, H, M, D)
 
     @property
     def capacity(self) -> int:
         """M, the number of tokens that fit."""
-        return self.key.shape[2]
+        return self.key.shape[3]
 
 
 # --- cache: the same in gpt.py, llama3.py, glm4.py (tests/test_same.py) ---
 def look_back(tokens: Tensor, state: State | None, context: int):
-    """Where new tokens (B, T) stand and what they see: (positions, slots, mask).
+    """Where new tokens (B, T) stand and what they see: (positions, mask, caches).
 
-    positions: (B or 1, T). slots: how many slots of the cache attention reads. mask: None where
-    plain causal attention is right, else (B, 1, T, slots), True for what is seen. T = 2 new tokens
-    of two rows that have seen 3 and 1 see the slots marked x:
+    positions: (B or 1, T). mask: None where plain causal attention is right, else (B, 1, T, slots),
+    True for what is seen. T = 2 new tokens of two rows that have seen 3 and 1 see the slots x:
 
         row 0   x x x x .        row 1   x x . . .
                 x x x x x                x x x . .
+
+    caches: of each layer (keys, values, place): what attention reads, and where to write in it.
     """
-    steps = torch.arange(tokens.shape[1], device=tokens.device)         # (T,)
+    B, T = tokens.shape
+    steps = torch.arange(T, device=tokens.device)
     if state is None:
-        if len(steps) > context:
-            raise ValueError(f"{len(steps)} tokens do not fit into the context of {context}")
-        return steps[None], len(steps), None
-    if len(state.position) != len(tokens):
-        raise ValueError(f"{len(tokens)} rows of tokens, but a state of {len(state.position)}")
+        if T > context:
+            raise ValueError(f"{T} tokens do not fit into the context of {context}")
+        return steps[None], None, itertools.repeat(None)
+    if len(state.position) != B:
+        raise ValueError(f"{B} rows of tokens, but a state of {len(state.position)}")
     positions = state.position[:, None] + steps                         # (B, T)
-    slots = state.capacity                   # under torch.compile, whose shapes are static
+    rows, heads = (torch.arange(n, device=tokens.device) for n in (B, state.key.shape[2]))
+    place = rows[:, None, None], heads[:, None], positions[:, None]     # together (B, heads, T)
+    slots, plain = state.capacity, False     # under torch.compile, whose shapes are static
     if not torch.compiler.is_compiling():
         low, high = torch.stack(state.position.aminmax()).tolist()      # one GPU synchronisation
-        slots = high + len(steps)
-        if slots > min(context, state.capacity):
+        slots = high + T
+        if slots > state.capacity:
             raise ValueError(f"{slots} tokens do not fit: the context of the model is {context}, "
                              f"the capacity of the state {state.capacity}")
-        if low == high and (high == 0 or len(steps) == 1):  # an empty cache; one token sees all
-            return positions, slots, None
-    seen = torch.arange(slots, device=tokens.device) <= positions[:, :, None]
-    return positions, slots, seen[:, None]
+        if low == high:                      # the same slots in all rows: faster by a slice
+            place = ..., slice(high, slots), slice(None)
+            plain = high == 0 or T == 1      # an empty cache; one token, which sees all
+    seen = torch.arange(slots, device=tokens.device) <= positions[:, None, :, None]
+    return positions, None if plain else seen, [
+        (state.key[:, i, :, :slots], state.value[:, i, :, :slots], place)
+        for i in range(state.key.shape[1])]
 
 
-def store(cache: Tensor, positions: Tensor, new: Tensor) -> Tensor:
-    """Write `new` (B, T, heads, D) into `cache` (B, slots, heads, D) at `positions` (B, T).
+def store(cache: Tensor, place: tuple, new: Tensor) -> Tensor:
+    """Write `new` (B, heads, T, D) into `cache` (B, heads, slots, D); returns what attention reads.
 
-    Returns what attention reads. Earlier entries are constants: gradients flow only into `new`.
+    Earlier entries are constants: gradients flow only into `new`.
     """
-    rows = torch.arange(len(cache), device=cache.device)[:, None]       # (B, 1)
-    cache[rows, positions] = new.detach().to(cache.dtype)
-    whole = cache.to(new.dtype)                                         # differs under autocast
-    return whole.index_put((rows, positions), new) if torch.is_grad_enabled() else whole
+    cache[place] = new.detach().to(cache.dtype)
+    whole = cache.to(new.dtype, copy=torch.is_grad_enabled())           # differs under autocast
+    if torch.is_grad_enabled():
+        whole[place] = new
+    return whole
 # --- end of cache ---
 
 
@@ -246,11 +254,10 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, state: State | None = None) -> Tensor:
         """(B, T) tokens -> (B, T, C) after the final norm. With a state, the tokens continue the
         cached sequence, and it advances by T. ValueError if they do not fit."""
-        positions, slots, mask = look_back(tokens, state, self.config.n_positions)
+        positions, mask, caches = look_back(tokens, state, self.config.n_positions)
         x = self.drop(self.wte(tokens) + self.wpe(positions))           # (B, T, C)
-        for i, block in enumerate(self.h):
-            cache = None if state is None else (state.key[:, i, :slots], state.value[:, i, :slots])
-            x = block(x, positions, mask, cache)
+        for block, cache in zip(self.h, caches):
+            x = block(x, mask, cache)
         if state is not None:
             state.position.add_(tokens.shape[1])
         return self.ln_f(x)
@@ -267,15 +274,15 @@ class GPT(nn.Module):
     def new_state(self, batch_size: int, max_tokens: int) -> State:
         """An empty cache for `batch_size` rows of `max_tokens` tokens, at most the context."""
         c, like = self.config, self.wte.weight
-        shape = batch_size, c.n_layer, min(max_tokens, c.context), c.n_head, c.n_embd // c.n_head
+        shape = batch_size, c.n_layer, c.n_head, min(max_tokens, c.context), c.n_embd // c.n_head
         return State(like.new_zeros(batch_size, dtype=torch.int64), like.new_zeros(shape),
                      like.new_zeros(shape))
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Every parameter once, in groups for torch.optim.AdamW: only matrices decay.
 
-        Two keys are for train.py, AdamW ignores them: `lr_scale`, a factor of the learning rate,
-        and `hidden_matrix`, true for the 2-D matrices inside the blocks (optimisers like Muon).
+        It ignores `lr_scale` (of the learning rate) and `hidden_matrix` (2-D, inside a block: for
+        optimisers like Muon), which are for train.py.
         """
         blocks, tables, vectors = [], [], []
         for name, p in self.named_parameters():
@@ -298,29 +305,34 @@ class GPT(nn.Module):
         drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
         c, context = self.config, self.config.context or math.inf
+        stop = c.eos_token_id if stop is None else stop
+        stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
+        for tokens in (*prompts, stop):
+            if not isinstance(tokens, (list, tuple, set)) or not {*map(type, tokens)} <= {int}:
+                raise ValueError("expected prompts as a list of lists of ints, stop as an int or a "
+                                 f"list of ints, found {tokens!r:.10}")
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
         low, high = min(map(min, prompts)), max(map(max, prompts))
         if low < 0 or high >= c.vocab_size:
             raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
                              f"{c.vocab_size - 1}: is this the model's own tokenizer?")
-        if (max_new_tokens < 0 or not temperature >= 0 or (top_k is not None and top_k < 1)
-                or (top_p is not None and not 0 <= top_p <= 1)):
+        if not (max_new_tokens >= 0 and temperature >= 0 and (top_k is None or top_k >= 1)
+                and (top_p is None or 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        needed = past + max(len(p) + max(limit - 1, 0) for p, limit in zip(prompts, limits))
+        longest = past + max(map(len, prompts))
+        needed = max(longest, min(longest + max_new_tokens, context) - 1)   # the last is not fed
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
             raise ValueError(f"{len(prompts)} prompts and a state of {len(state.position)} rows: "
                              "continuing a state takes one of each")
-        if needed > min(context, state.capacity):
+        if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        stop = c.eos_token_id if stop is None else stop
-        stop = [stop] if stop is None or isinstance(stop, int) else stop
+        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -339,9 +351,8 @@ class GPT(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # ended rows are fed again, into their last slot
-                    ended = [row not in active for row in order]
-                    state.position.sub_(state.position.new_tensor(ended))
+                if active:                   # rows that ended are fed too, into slots that exist
+                    state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
             for module, mode in modes.items():
@@ -374,11 +385,16 @@ class GPT(nn.Module):
         """
         path = Path(path, "ckpt.pt") if Path(path, "ckpt.pt").exists() else Path(path)
         config, tensors = read_nanogpt(path) if path.suffix == ".pt" else read_hugging_face(path)
-        with torch.device("meta"):                                      # shapes, no memory
-            model = cls(replace(config, **overrides))
+        config = replace(config, **overrides)
         weights = {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors}
-        if model.config.tie_word_embeddings:                            # one Parameter, two names
-            weights["lm_head.weight"] = weights.get("wte.weight")
+        if config.tie_word_embeddings:       # one Parameter, two names; a head of its own wins
+            table = weights["wte.weight"]
+            head = weights.get("lm_head.weight", table)
+            tied = head is table or torch.equal(head.to(table.dtype), table)
+            config = replace(config, tie_word_embeddings=tied)
+            weights["lm_head.weight"] = table if tied else head
+        with torch.device("meta"):                                      # shapes, no memory
+            model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)
         return model.eval()
 
@@ -386,6 +402,9 @@ class GPT(nn.Module):
         """Write model.safetensors and config.json in the Hugging Face layout, each as a whole."""
         from safetensors.torch import save_file
         weights, stated = Path(directory, "model.safetensors"), Path(directory, "config.json")
+        for older in ("ckpt.pt", "consolidated.00.pth", "model.safetensors.index.json"):
+            if Path(directory, older).exists():
+                raise ValueError(f"{directory} holds {older}, which would be read: move it away")
         weights.parent.mkdir(parents=True, exist_ok=True)
         config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
                   "torch_dtype": str(self.wte.weight.dtype).removeprefix("torch."),
@@ -403,15 +422,18 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     Ties with the k-th largest stay. top-p keeps the most likely tokens up to and including the one
     that crosses p, as Meta's code does. What is left need not sum to 1.
     """
-    logits = logits / temperature
+    logits = logits / max(temperature, 1e-20)           # below that: greedy, without overflow
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[:, -1:]                         # (B, 1)
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        falling, order = probs.sort(dim=-1, descending=True, stable=True)
-        beyond = falling.cumsum(-1) - falling > top_p                   # the mass before it is > p
-        probs = probs.scatter(-1, order, falling.masked_fill(beyond, 0.0))
+        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        for row in probs:                                               # (V,), few of them not 0
+            likely = row.nonzero()[:, 0]
+            falling, order = row[likely].sort(descending=True, stable=True)
+            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
     return probs
 
 
@@ -456,8 +478,22 @@ def read_tensors(path: Path):
         else:                                # a pickle; torch before 1.6 wrote it without a zip
             content = torch.load(file, map_location="cpu", weights_only=True,
                                  mmap=zipfile.is_zipfile(file))
+            outer = ("model", "state_dict", "model_state_dict", "module")
+            while inner := next((content[k] for k in outer if isinstance(content.get(k), dict)), 0):
+                content = inner
             for name in names or content:
                 yield name, content[name]
+
+
+def unwrapped(tensors):
+    """Yield (name, tensor) without prefixes: of AutoModel, DDP, FSDP, torch.compile, peft."""
+    seen = set()
+    for name, tensor in tensors:
+        name = re.sub(r"^((base_model|model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name)
+        if name in seen:
+            raise ValueError(f"{name} is there twice, behind different prefixes: which is meant?")
+        seen.add(name)
+        yield name, tensor
 # --- end of read_tensors ---
 
 
@@ -477,19 +513,26 @@ def read_hugging_face(path: Path):
 
 
 def read_nanogpt(path: Path):
-    """(config, tensors) of nanoGPT's ckpt.pt. Its GELU is the exact one (since its PR #274)."""
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    stated, p = content["model_args"], content["model_args"].get("dropout", 0.0)
-    config = GPTConfig(stated["vocab_size"], stated["block_size"], stated["n_embd"],
-                       stated["n_layer"], stated["n_head"], 4 * stated["n_embd"], "gelu",
-                       bias=stated.get("bias", True), embd_pdrop=p, attn_pdrop=p, resid_pdrop=p)
-    return config, to_ours(content["model"].items(), transposed=False)
+    """(config, tensors) of nanoGPT's ckpt.pt; of another .pt, a state dict beside a config.json.
+
+    GELU: tanh before `bias` came (January 2023), exact since June 2023 (PR #274); in between it was
+    tanh, which the file does not tell: override activation_function="gelu_new".
+    """
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if "model_args" not in content:
+        return read_hugging_face(path)
+    tensors = dict(to_ours(content["model"].items(), transposed=False))
+    stated = {"vocab_size": len(tensors["wte.weight"]), **content["model_args"]}
+    gelu, p = "gelu" if "bias" in stated else "gelu_new", stated.pop("dropout", 0.0)
+    config = GPTConfig(n_positions=stated.pop("block_size"), n_inner=4 * stated["n_embd"],
+                       activation_function=gelu, embd_pdrop=p, attn_pdrop=p, resid_pdrop=p,
+                       **stated)             # a TypeError for arguments that only forks have
+    return config, tensors.items()
 
 
 def to_ours(tensors, transposed: bool):
     """Yield (our name, our tensor) for each published one but the buffers of masks."""
-    for name, tensor in tensors:
-        name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
+    for name, tensor in unwrapped(tensors):
         if not name.endswith((".attn.bias", ".attn.masked_bias")):
             turned = transposed and name.startswith("h.") and tensor.dim() == 2
             yield name, tensor.t().contiguous() if turned else tensor

@@ -138,7 +138,7 @@ def inverse_frequency(config: Llama3Config) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (j, j + D/2) of each head of x (B, T, heads, D); cos, sin (B, T, 1, D/2)."""
+    """Turn the pairs (j, j + D/2) of each head of x (B, heads, T, D); cos, sin (B, 1, T, D/2)."""
     a, b = x.float().chunk(2, dim=-1)        # in fp32, as Meta: bf16 holds no angle of position 257
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
@@ -163,23 +163,22 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, self.kv_heads * D, bias=False)
         self.o_proj = nn.Linear(self.heads * D, C, bias=False)
 
-    def forward(self, x, rotation, positions, mask, cache):
-        B, T, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, T, self.heads, -1), *rotation)        # (B, T, H, D)
-        k = rotate(self.k_proj(x).view(B, T, self.kv_heads, -1), *rotation)     # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, self.kv_heads, -1)
-        if cache is not None:
-            k = store(cache[0], positions, k)                          # (B, slots, K, D)
-            v = store(cache[1], positions, v)
+    def forward(self, x, rotation, mask, cache):
         # --- attend: the same in llama3.py, glm4.py (tests/test_same.py) ---
-        k, v = k.transpose(1, 2), v.transpose(1, 2)                     # (B, K, T or slots, D)
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, -1).transpose(1, 2)           # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, self.kv_heads, -1).transpose(1, 2)        # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, self.kv_heads, -1).transpose(1, 2)
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            keys, values, place = cache
+            k, v = store(keys, place, k), store(values, place, v)               # (B, K, slots, D)
         if T == 1:                           # heads that share a key are rows of one query: with
-            q = q.view(B, self.kv_heads, -1, q.shape[-1])   # enable_gqa, bf16 is 10x slower on CPUs
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)         # (B, K, H/K, D)
-        else:
-            y = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None,
-                enable_gqa=self.heads != self.kv_heads).transpose(1, 2)         # (B, T, H, D)
+            q = q.reshape(B, self.kv_heads, -1, q.shape[-1])    # enable_gqa, bf16 is 10x slower
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,             # on CPUs
+                                           is_causal=mask is None and T > 1,
+                                           enable_gqa=q.shape[1] != k.shape[1])
+        y = y.reshape(B, self.heads, T, -1).transpose(1, 2)                     # (B, T, H, D)
         return self.o_proj(y.reshape(B, T, -1))
         # --- end of attend ---
 
@@ -207,64 +206,72 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotation, positions, mask, cache):
-        x = x + self.self_attn(self.input_layernorm(x), rotation, positions, mask, cache)
+    def forward(self, x, rotation, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class State(NamedTuple):
     """The KV cache of a batch, preallocated and updated in place."""
     position: Tensor                         # (B,) int64: number of tokens seen, row by row
-    key: Tensor                              # (B, L, M, K, D), rotated, in the parameters' dtype
-    value: Tensor                            # (B, L, M, K, D)
+    key: Tensor                              # (B, L, K, M, D), rotated, in the parameters' dtype
+    value: Tensor                            # (B, L, K, M, D)
 
     @property
     def capacity(self) -> int:
         """M, the number of tokens that fit."""
-        return self.key.shape[2]
+        return self.key.shape[3]
 
 
 # --- cache: the same in gpt.py, llama3.py, glm4.py (tests/test_same.py) ---
 def look_back(tokens: Tensor, state: State | None, context: int):
-    """Where new tokens (B, T) stand and what they see: (positions, slots, mask).
+    """Where new tokens (B, T) stand and what they see: (positions, mask, caches).
 
-    positions: (B or 1, T). slots: how many slots of the cache attention reads. mask: None where
-    plain causal attention is right, else (B, 1, T, slots), True for what is seen. T = 2 new tokens
-    of two rows that have seen 3 and 1 see the slots marked x:
+    positions: (B or 1, T). mask: None where plain causal attention is right, else (B, 1, T, slots),
+    True for what is seen. T = 2 new tokens of two rows that have seen 3 and 1 see the slots x:
 
         row 0   x x x x .        row 1   x x . . .
                 x x x x x                x x x . .
+
+    caches: of each layer (keys, values, place): what attention reads, and where to write in it.
     """
-    steps = torch.arange(tokens.shape[1], device=tokens.device)         # (T,)
+    B, T = tokens.shape
+    steps = torch.arange(T, device=tokens.device)
     if state is None:
-        if len(steps) > context:
-            raise ValueError(f"{len(steps)} tokens do not fit into the context of {context}")
-        return steps[None], len(steps), None
-    if len(state.position) != len(tokens):
-        raise ValueError(f"{len(tokens)} rows of tokens, but a state of {len(state.position)}")
+        if T > context:
+            raise ValueError(f"{T} tokens do not fit into the context of {context}")
+        return steps[None], None, itertools.repeat(None)
+    if len(state.position) != B:
+        raise ValueError(f"{B} rows of tokens, but a state of {len(state.position)}")
     positions = state.position[:, None] + steps                         # (B, T)
-    slots = state.capacity                   # under torch.compile, whose shapes are static
+    rows, heads = (torch.arange(n, device=tokens.device) for n in (B, state.key.shape[2]))
+    place = rows[:, None, None], heads[:, None], positions[:, None]     # together (B, heads, T)
+    slots, plain = state.capacity, False     # under torch.compile, whose shapes are static
     if not torch.compiler.is_compiling():
         low, high = torch.stack(state.position.aminmax()).tolist()      # one GPU synchronisation
-        slots = high + len(steps)
-        if slots > min(context, state.capacity):
+        slots = high + T
+        if slots > state.capacity:
             raise ValueError(f"{slots} tokens do not fit: the context of the model is {context}, "
                              f"the capacity of the state {state.capacity}")
-        if low == high and (high == 0 or len(steps) == 1):  # an empty cache; one token sees all
-            return positions, slots, None
-    seen = torch.arange(slots, device=tokens.device) <= positions[:, :, None]
-    return positions, slots, seen[:, None]
+        if low == high:                      # the same slots in all rows: faster by a slice
+            place = ..., slice(high, slots), slice(None)
+            plain = high == 0 or T == 1      # an empty cache; one token, which sees all
+    seen = torch.arange(slots, device=tokens.device) <= positions[:, None, :, None]
+    return positions, None if plain else seen, [
+        (state.key[:, i, :, :slots], state.value[:, i, :, :slots], place)
+        for i in range(state.key.shape[1])]
 
 
-def store(cache: Tensor, positions: Tensor, new: Tensor) -> Tensor:
-    """Write `new` (B, T, heads, D) into `cache` (B, slots, heads, D) at `positions` (B, T).
+def store(cache: Tensor, place: tuple, new: Tensor) -> Tensor:
+    """Write `new` (B, heads, T, D) into `cache` (B, heads, slots, D); returns what attention reads.
 
-    Returns what attention reads. Earlier entries are constants: gradients flow only into `new`.
+    Earlier entries are constants: gradients flow only into `new`.
     """
-    rows = torch.arange(len(cache), device=cache.device)[:, None]       # (B, 1)
-    cache[rows, positions] = new.detach().to(cache.dtype)
-    whole = cache.to(new.dtype)                                         # differs under autocast
-    return whole.index_put((rows, positions), new) if torch.is_grad_enabled() else whole
+    cache[place] = new.detach().to(cache.dtype)
+    whole = cache.to(new.dtype, copy=torch.is_grad_enabled())           # differs under autocast
+    if torch.is_grad_enabled():
+        whole[place] = new
+    return whole
 # --- end of cache ---
 
 
@@ -300,20 +307,16 @@ class Llama3(nn.Module):
                 parameter.normal_(std=0.02)
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        """(B, T) tokens -> (B, T, C) after the final norm.
-
-        With a state, the tokens continue the cached sequence, and it advances by T. ValueError if
-        they do not fit into the context or the state.
-        """
-        positions, slots, mask = look_back(tokens, state, self.config.max_position_embeddings)
+        """(B, T) tokens -> (B, T, C) after the final norm. With a state, the tokens continue the
+        cached sequence, and it advances by T. ValueError if they do not fit."""
+        positions, mask, caches = look_back(tokens, state, self.config.max_position_embeddings)
         if self.inverse_frequency.device != tokens.device:
             self.inverse_frequency = inverse_frequency(self.config).to(tokens.device)
-        angles = positions[:, :, None, None] * self.inverse_frequency   # (B or 1, T, 1, D/2), fp32
+        angles = positions[:, None, :, None] * self.inverse_frequency   # (B or 1, 1, T, D/2), fp32
         rotation = angles.cos(), angles.sin()
         x = self.model.embed_tokens(tokens)                             # (B, T, C)
-        for i, block in enumerate(self.model.layers):
-            cache = None if state is None else (state.key[:, i, :slots], state.value[:, i, :slots])
-            x = block(x, rotation, positions, mask, cache)
+        for block, cache in zip(self.model.layers, caches):
+            x = block(x, rotation, mask, cache)
         if state is not None:
             state.position.add_(tokens.shape[1])
         return self.model.norm(x)
@@ -330,7 +333,7 @@ class Llama3(nn.Module):
     def new_state(self, batch_size: int, max_tokens: int) -> State:
         """An empty cache for `batch_size` rows of `max_tokens` tokens, at most the context."""
         c, like = self.config, self.model.embed_tokens.weight
-        shape = (batch_size, c.num_hidden_layers, min(max_tokens, c.context), c.num_key_value_heads,
+        shape = (batch_size, c.num_hidden_layers, c.num_key_value_heads, min(max_tokens, c.context),
                  c.head_dim)
         return State(like.new_zeros(batch_size, dtype=torch.int64), like.new_zeros(shape),
                      like.new_zeros(shape))
@@ -338,8 +341,8 @@ class Llama3(nn.Module):
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Every parameter once, in groups for torch.optim.AdamW: only matrices decay.
 
-        Two keys are for train.py, AdamW ignores them: `lr_scale`, a factor of the learning rate,
-        and `hidden_matrix`, true for the 2-D matrices inside the blocks (optimisers like Muon).
+        It ignores `lr_scale` (of the learning rate) and `hidden_matrix` (2-D, inside a block: for
+        optimisers like Muon), which are for train.py.
         """
         blocks, tables, norms = [], [], []
         for name, p in self.named_parameters():
@@ -362,29 +365,34 @@ class Llama3(nn.Module):
         drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
         c, context = self.config, self.config.context or math.inf
+        stop = c.eos_token_id if stop is None else stop
+        stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
+        for tokens in (*prompts, stop):
+            if not isinstance(tokens, (list, tuple, set)) or not {*map(type, tokens)} <= {int}:
+                raise ValueError("expected prompts as a list of lists of ints, stop as an int or a "
+                                 f"list of ints, found {tokens!r:.10}")
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
         low, high = min(map(min, prompts)), max(map(max, prompts))
         if low < 0 or high >= c.vocab_size:
             raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
                              f"{c.vocab_size - 1}: is this the model's own tokenizer?")
-        if (max_new_tokens < 0 or not temperature >= 0 or (top_k is not None and top_k < 1)
-                or (top_p is not None and not 0 <= top_p <= 1)):
+        if not (max_new_tokens >= 0 and temperature >= 0 and (top_k is None or top_k >= 1)
+                and (top_p is None or 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        needed = past + max(len(p) + max(limit - 1, 0) for p, limit in zip(prompts, limits))
+        longest = past + max(map(len, prompts))
+        needed = max(longest, min(longest + max_new_tokens, context) - 1)   # the last is not fed
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
             raise ValueError(f"{len(prompts)} prompts and a state of {len(state.position)} rows: "
                              "continuing a state takes one of each")
-        if needed > min(context, state.capacity):
+        if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        stop = c.eos_token_id if stop is None else stop
-        stop = [stop] if stop is None or isinstance(stop, int) else stop
+        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -403,9 +411,8 @@ class Llama3(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # ended rows are fed again, into their last slot
-                    ended = [row not in active for row in order]
-                    state.position.sub_(state.position.new_tensor(ended))
+                if active:                   # rows that ended are fed too, into slots that exist
+                    state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
             for module, mode in modes.items():
@@ -442,14 +449,14 @@ class Llama3(nn.Module):
         stated = json.loads(file.read_text(encoding="utf-8"))
         config = from_meta(shards, **stated) if shards else from_hugging_face(stated)
         config = replace(config, **overrides)
-        tensors = join_shards(shards, config, device, dtype) if shards else read_tensors(path)
-        weights = {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors
-                   if not name.endswith("rotary_emb.inv_freq")}         # saved by old versions
+        tensors = join_shards(shards, config, device, dtype) if shards else to_ours(path)
+        weights = {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors}
         if config.tie_word_embeddings:
             table = weights["model.embed_tokens.weight"]
             head = weights.get("lm_head.weight", table)
-            config = replace(config, tie_word_embeddings=head is table or torch.equal(head, table))
-            weights["lm_head.weight"] = table if config.tie_word_embeddings else head
+            tied = head is table or torch.equal(head.to(table.dtype), table)
+            config = replace(config, tie_word_embeddings=tied)
+            weights["lm_head.weight"] = table if tied else head
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -459,6 +466,9 @@ class Llama3(nn.Module):
         """Write model.safetensors and config.json in the Hugging Face layout, each as a whole."""
         from safetensors.torch import save_file
         weights, stated = Path(directory, "model.safetensors"), Path(directory, "config.json")
+        for older in ("ckpt.pt", "consolidated.00.pth", "model.safetensors.index.json"):
+            if Path(directory, older).exists():
+                raise ValueError(f"{directory} holds {older}, which would be read: move it away")
         weights.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         if self.config.tie_word_embeddings:
@@ -481,15 +491,18 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     Ties with the k-th largest stay. top-p keeps the most likely tokens up to and including the one
     that crosses p, as Meta's code does. What is left need not sum to 1.
     """
-    logits = logits / temperature
+    logits = logits / max(temperature, 1e-20)           # below that: greedy, without overflow
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[:, -1:]                         # (B, 1)
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        falling, order = probs.sort(dim=-1, descending=True, stable=True)
-        beyond = falling.cumsum(-1) - falling > top_p                   # the mass before it is > p
-        probs = probs.scatter(-1, order, falling.masked_fill(beyond, 0.0))
+        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        for row in probs:                                               # (V,), few of them not 0
+            likely = row.nonzero()[:, 0]
+            falling, order = row[likely].sort(descending=True, stable=True)
+            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
     return probs
 
 
@@ -534,8 +547,22 @@ def read_tensors(path: Path):
         else:                                # a pickle; torch before 1.6 wrote it without a zip
             content = torch.load(file, map_location="cpu", weights_only=True,
                                  mmap=zipfile.is_zipfile(file))
+            outer = ("model", "state_dict", "model_state_dict", "module")
+            while inner := next((content[k] for k in outer if isinstance(content.get(k), dict)), 0):
+                content = inner
             for name in names or content:
                 yield name, content[name]
+
+
+def unwrapped(tensors):
+    """Yield (name, tensor) without prefixes: of AutoModel, DDP, FSDP, torch.compile, peft."""
+    seen = set()
+    for name, tensor in tensors:
+        name = re.sub(r"^((base_model|model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name)
+        if name in seen:
+            raise ValueError(f"{name} is there twice, behind different prefixes: which is meant?")
+        seen.add(name)
+        yield name, tensor
 # --- end of read_tensors ---
 
 
@@ -559,6 +586,13 @@ def from_hugging_face(stated: dict) -> Llama3Config:
     if stated["rope_type"] == "llama3":
         sizes |= {f"rope_{name}": stated[name] for name in SCALING}
     return Llama3Config(**sizes)
+
+
+def to_ours(path: Path):
+    """Yield (our name, tensor) from Hugging Face's files; old versions also saved RoPE's table."""
+    for name, tensor in unwrapped(read_tensors(path)):
+        if not name.endswith("rotary_emb.inv_freq"):
+            yield name if name.startswith("lm_head.") else f"model.{name}", tensor
 
 
 META = {    # Meta's name: ours, and the axis along which its shards divide it (None: each has all)
@@ -586,7 +620,7 @@ def meta_shards(path: Path) -> list[Path]:
 def from_meta(shards, dim, n_layers, n_heads, n_kv_heads=None, vocab_size=-1, norm_eps=1e-5,
               rope_theta=None, use_scaled_rope=False, multiple_of=None, ffn_dim_multiplier=None):
     """Our config from the fields of params.json, and from shapes where it does not tell."""
-    rows = {name: len(tensor) * len(shards) for name, tensor in read_tensors(shards[0])}
+    rows = {name: len(t) * len(shards) for name, t in unwrapped(read_tensors(shards[0]))}
     V, llama2 = rows["output.weight"], vocab_size == -1
     if vocab_size != V and not llama2:
         raise ValueError(f"{V} rows of a vocabulary of {vocab_size}: is one of the shards missing?")
@@ -603,9 +637,9 @@ def from_meta(shards, dim, n_layers, n_heads, n_kv_heads=None, vocab_size=-1, no
 def join_shards(shards: list[Path], config: Llama3Config, device: str, dtype: torch.dtype | None):
     """Yield (our name, our tensor) from all of Meta's shards, of which one at a time is mapped."""
     whole, count, D = {}, len(shards), config.head_dim
-    names = {name for name, _ in read_tensors(shards[0])}
+    names = {name for name, _ in unwrapped(read_tensors(shards[0]))}
     for rank, shard in enumerate(shards):
-        pieces = dict(read_tensors(shard))
+        pieces = dict(unwrapped(read_tensors(shard)))
         if pieces.keys() != names:           # else a part of some tensor would never be written
             raise ValueError(f"{shard} and {shards[0].name} differ in {names ^ pieces.keys()}")
         pieces.pop("rope.freqs", None)       # a table that Llama 1 and 2 stored

@@ -1,11 +1,14 @@
 """LoRA: two small matrices beside each large one, and the files of such adapters as peft has them.
 
 It works on any model of this project by replacing its linear layers. `add_lora` gives them
-adapters, `merged` makes a plain model again.
+adapters, `merged` makes a plain model again. `load_adapter` reads what peft wrote for the same
+model in transformers, `load_merged` with its base.
 
 Reference: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
 """
+import collections
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -16,7 +19,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from checkpoints import read_json, readable, write_text
+import glm4
+from checkpoints import load_checkpoint, locate, read_json, read_pickle, readable, write_text
+
+PREFIX = "base_model.model."                 # of peft: its names of tensors begin so
 
 
 class LoRALinear(nn.Module):
@@ -63,28 +69,40 @@ def add_lora(model, settings) -> None:
 @torch.no_grad()
 def merged(model, strength: float = 1.0):
     """A plain model that computes the same as this one with adapters, or with strength 0 what it
-    did without them. All else is shared with it. (Not its code: see train.checkpoint_blocks.)"""
+    did without them. All else is shared with it. (Not its code: see train.checkpoint_blocks.)
+
+    W + scale B A is added up in fp32, and rounded once where W is half as precise.
+    """
     plain = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for name, m in adapters(plain).items():
         linear = nn.Linear(*m.weight.shape[::-1], bias=False, device="meta")
         linear.weight, linear.bias = m.weight, m.bias
         if strength:
-            linear.weight = nn.Parameter(m.weight + strength * m.scale * m.lora_B @ m.lora_A)
+            change = strength * m.scale * m.lora_B.float() @ m.lora_A.float()
+            linear.weight = nn.Parameter((m.weight + change).to(m.weight.dtype))
         plain.set_submodule(name, linear)
+    if getattr(plain.config, "tie_word_embeddings", False):
+        tables = [module.weight for module in plain.modules() if isinstance(module, nn.Embedding)]
+        tied = any(plain.lm_head.weight is table for table in tables)   # not if one was adapted
+        plain.config = dataclasses.replace(plain.config, tie_word_embeddings=tied)
     return plain.eval()
 
+# ---------------------------------------------------------------------------------- files, as peft
 
-def peft_prefix(model) -> str:
-    """What peft has before our name of a layer; the rest is transformers' name."""
-    return "base_model.model." + "transformer." * (type(model).__name__ == "GPT")
+
+def peft_name(model, name: str) -> str:
+    """What transformers, and so peft, calls a layer of ours."""
+    inside = type(model).__name__ == "GPT" and name != "lm_head"
+    return "transformer." * inside + name
 
 
 def save_adapter(model, settings, out: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors, as peft does."""
     from safetensors.torch import save_file
-    prefix, file = peft_prefix(model), out / "adapter_model.safetensors"
-    tensors = {f"{prefix}{name}.lora_{part}.weight": getattr(module, f"lora_{part}").detach()
-               for name, module in adapters(model).items() for part in "AB"}
+    file = out / "adapter_model.safetensors"
+    names = {name: peft_name(model, name) for name in adapters(model)}
+    tensors = {f"{PREFIX}{names[name]}.lora_{half}.weight": getattr(module, f"lora_{half}").detach()
+               for name, module in adapters(model).items() for half in "AB"}
     save_file(tensors, f"{file}.part", {"format": "pt"})
     os.replace(f"{file}.part", file)
     write_text(out / "adapter_config.json", json.dumps({
@@ -92,31 +110,143 @@ def save_adapter(model, settings, out: Path) -> None:
         "base_model_name_or_path": str(Path(settings.init_from).resolve()), "r": settings.lora,
         "lora_alpha": settings.lora_alpha, "lora_dropout": 0.0,
         "fan_in_fan_out": type(model).__name__ == "GPT",                # transformers' Conv1D
-        "target_modules": [prefix.removeprefix("base_model.model.") + name
-                           for name in adapters(model)]}, indent=2) + "\n")
+        "target_modules": [*names.values()]}, indent=2) + "\n")
+
+
+# Fields of adapter_config.json that are read here, or do not change what a trained adapter
+# computes. Any other that is not empty or false, of this or a later peft, is refused by name.
+READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save",
+        "base_model_name_or_path", "target_modules", "exclude_modules", "layers_to_transform",
+        "layers_pattern", "fan_in_fan_out", "lora_dropout", "auto_mapping", "task_type", "revision",
+        "inference_mode", "peft_version", "megatron_core", "runtime_config", "eva_config",
+        "qalora_group_size", "ensure_weight_tying"}
+VALUES = {"peft_type": ["LORA"], "bias": ["none"],                      # others change the base too
+          "init_lora_weights": [True, "gaussian", "orthogonal", "eva"]}
+ADVICE = "peft's merge_and_unload and save_pretrained make plain weights of it"
+
+
+def adapter_folder(path: Path) -> Path | None:
+    """The folder of an adapter, by its path or that of a file in it; None: it is a checkpoint."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "adapter_config.json").exists():
+        return None
+    if path.is_dir():
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            whole = [file for file in (folder / name, folder / f"{name}.index.json")
+                     if file.exists()]
+            if whole:
+                raise ValueError(f"{folder} holds an adapter and a model: give the path of one, "
+                                 f"{folder / 'adapter_config.json'} or {whole[0]}")
+    return folder if path.is_dir() or path.name.startswith("adapter_") else None
+
+
+def find_base(folder: Path, asked: str | None = None) -> Path:
+    """Where the model is that an adapter belongs to: as asked, or as its config says."""
+    stated = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    try:
+        base = locate(str(asked or stated))
+    except (OSError, ValueError):            # a repository that cannot be had
+        base = None
+    if not (base and base.exists()):
+        raise FileNotFoundError(f"--base {asked} does not exist" if asked else f"{folder} is an "
+                                f"adapter of {stated}, which is not there: --base DIR names the "
+                                "place where it is now")
+    return base
+
+
+def load_merged(folder: Path, base: Path, device: str = "cpu", dtype=None):
+    """The plain model that an adapter makes of its base. Merged before it goes to the device,
+    which then has one copy."""
+    model = load_checkpoint(base, "cpu", dtype)
+    load_adapter(folder, model)
+    return merged(model).to(device)
 
 
 def load_adapter(folder: Path, model) -> None:
-    """Put the adapters of a folder in peft's layout into the model they were made for."""
-    stated, prefix = read_json(folder / "adapter_config.json"), peft_prefix(model)
-    for name, plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False),
-                        ("alpha_pattern", {})):
-        if (stated.get(name) or plain) != plain:
-            raise ValueError(f"{folder}: {name} is {stated[name]!r}, only {plain!r} is supported")
-    from safetensors.torch import load_file
+    """Put the adapters of a folder in peft's layout into the model they were made for, and the
+    whole modules that it has (modules_to_save) in place of the model's."""
     with readable(folder):
-        tensors = load_file(folder / "adapter_model.safetensors")
-    for key in sorted(tensors):              # A before B
-        name, _, part = key.removeprefix(prefix).rpartition(".lora_")
-        module = dict(model.named_modules()).get(name)
-        if part == "A.weight" and isinstance(module, nn.Linear):
-            rank = len(tensors[key])
-            scale = stated.get("lora_alpha", 8) / (  # peft's default
-                math.sqrt(rank) if stated.get("use_rslora") else rank)
-            module = LoRALinear(module, rank, scale)
+        halves, whole = read_adapter(folder, model)
+        layers, parameters = dict(model.named_modules()), all_parameters(model)
+        for name, tensor in whole.items():   # a tied table or head that is replaced stands alone
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(parameters[name])))
+        for name, found in halves.items():
+            if "A" not in found or "B" not in found:
+                raise ValueError(f"{folder}: {name} has only one of lora_A and lora_B")
+            module = LoRALinear(layers[name], len(found["A"]), found["scale"])
+            for half in "AB":
+                own = getattr(module, f"lora_{half}")
+                if own.shape != found[half].shape:
+                    raise foreign(folder, model, f"lora_{half} of {name}", found[half])
+                dtype = torch.promote_types(own.dtype, torch.float32)   # precise until it is merged
+                setattr(module, f"lora_{half}", nn.Parameter(found[half].to(own.device, dtype)))
             model.set_submodule(name, module)
-        own = getattr(module, f"lora_{part[:1]}", None)
-        if own is None or own.shape != tensors[key].shape:
-            raise ValueError(f"{folder}: {key} {tuple(tensors[key].shape)} is no adapter of this "
-                             f"{type(model).__name__}: was it made for another model?")
-        own.data.copy_(tensors[key])
+
+
+def read_adapter(folder: Path, model) -> tuple[dict[str, dict], dict]:
+    """({layer: {"A", "B", "scale"}}, {parameter: tensor}) of a folder, by our names."""
+    stated = read_json(folder / "adapter_config.json")
+    for name, value in stated.items():
+        if value and (value not in VALUES[name] if name in VALUES else name not in READ):
+            raise ValueError(f"{folder}: {name} is {value!r}, which is not supported; {ADVICE}")
+    file = folder / "adapter_model.safetensors"
+    if file.exists():
+        from safetensors.torch import load_file
+        tensors = load_file(file)
+    else:
+        tensors = read_pickle(file.with_suffix(".bin"))
+    layers, parameters = dict(model.named_modules()), all_parameters(model)
+    halves, whole = collections.defaultdict(dict), {}
+    for key, tensor in tensors.items():
+        place, half = re.fullmatch(r"(.+?)(?:\.lora_([AB])\.(?:default\.)?weight)?",
+                                   key.removeprefix(PREFIX).replace(".base_layer.", ".")).groups()
+        if ".lora_" in place or "token_adapter" in place:
+            raise ValueError(f"{folder}: {key} is of a kind that is not supported; {ADVICE}")
+        for ours, part in to_ours(model, place, tensor, half):
+            if half and isinstance(layers.get(ours), nn.Linear):
+                rank = len(tensor) if half == "A" else tensor.shape[1]
+                halves[ours] |= {half: part, "scale": scale_of(stated, place, rank)}
+            elif not half and ours in parameters and parameters[ours].shape == part.shape:
+                whole[ours] = part
+            else:
+                raise foreign(folder, model, key, tensor)
+    if not halves and not whole:
+        raise ValueError(f"{folder} holds no adapter: its file of tensors is empty")
+    return halves, whole
+
+
+def all_parameters(model) -> dict[str, nn.Parameter]:
+    """By every name that it has: a tied one has two."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def foreign(folder: Path, model, name: str, tensor) -> ValueError:
+    return ValueError(f"{folder}: {name} {tuple(tensor.shape)} is no adapter of this "
+                      f"{type(model).__name__}: was it made for another model, or one whose "
+                      "vocabulary was resized?")
+
+
+def scale_of(stated: dict, layer: str, rank: int) -> float:
+    """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) (rsLoRA); both may be stated
+    for layers whose names end in a pattern."""
+    alpha, r = (next((value for pattern, value in (stated.get(patterns) or {}).items()
+                      if re.match(rf"(.*\.)?({pattern})$", layer)), stated.get(name) or 8)
+                for patterns, name in (("alpha_pattern", "lora_alpha"), ("rank_pattern", "r")))
+    if r != rank:
+        raise ValueError(f"{layer} is of rank {rank}, but the adapter's config says {r}")
+    return alpha / (math.sqrt(rank) if stated.get("use_rslora") else rank)
+
+
+def to_ours(model, name: str, tensor, half: str | None):
+    """Yield (our name, our tensor) of transformers' or a remote code's; half: "A" or "B", of the
+    layer `name`; None: the whole parameter `name`."""
+    if type(model).__name__ == "GLM4":       # query_key_value: q, k and v share A, and divide B
+        for ours, part in glm4.to_ours([(name, tensor)], model.config):
+            yield ours, tensor if half == "A" else part
+    elif type(model).__name__ == "GPT":
+        name = name.removeprefix("transformer.")
+        conv1d = not half and name.startswith("h.") and tensor.dim() == 2       # (in, out)
+        yield name, tensor.t() if conv1d else tensor
+    else:
+        yield name, tensor

@@ -1,40 +1,44 @@
 """RWKV-6 in one file: build it, train it, load the published weights, generate.
 
+A language model without attention: trained in parallel like a Transformer, it runs as an RNN.
 The whole forward pass. Each block reads the residual stream x (T, C) and adds to it twice:
 
     x = ln0(emb[token])
     L times:
-        x = x + time_mix(ln1(x))
-        x = x + channel_mix(ln2(x))
+        x = x + time_mix(ln1(x))                        where tokens read the past
+        x = x + channel_mix(ln2(x))                     in place of the MLP
     logits = ln_out(x) W_head
 
-    time_mix(x), with x' the vector of the token before:
-        m_w, m_k, m_v, m_r, m_g = tanh((x + maa_x (x' - x)) maa_w1) maa_w2      low-rank, five parts
-        x_k = x + (maa_k + m_k) (x' - x)                        likewise x_w, x_v, x_r, x_g
-        w = -exp(decay + tanh(x_w decay_w1) decay_w2)           log of the decay
-        r, k, v = x_r W_receptance, x_k W_key, x_v W_value      split into H heads of D channels
-        y_t = r_t (S + diag(u) k_tᵀ v_t);  S <- diag(e^w_t) S + k_tᵀ v_t        S: (D, D), from 0
-        return (ln_x(y) silu(x_g W_gate)) W_output              ln_x: each head normed by itself
-    channel_mix(x), with x_k, x_r = x + maa_k (x' - x), x + maa_r (x' - x):
+    time_mix(x), with x' the vector of the token before (at first 0):
+        m_w, m_k, m_v, m_r, m_g = tanh((x + time_maa_x (x' - x)) time_maa_w1) time_maa_w2
+        x_k = x + (time_maa_k + m_k) (x' - x)           likewise x_w, x_v, x_r, x_g
+        r, k, v = x_r W_receptance, x_k W_key, x_v W_value
+        w = -exp(time_decay + tanh(x_w time_decay_w1) time_decay_w2)
+        split into H heads of D channels; in each, from S = 0, a (D, D) matrix of keys by values:
+            y_t = r_t (S + diag(u) k_tᵀ v_t)            read; u = time_faaaa
+            S <- diag(e^w_t) S + k_tᵀ v_t               remember
+        return (ln_x(y) silu(x_g W_gate)) W_output      ln_x: each head normed by itself
+    channel_mix(x), with x_k, x_r = x + time_maa_k (x' - x), x + time_maa_r (x' - x):
         return σ(x_r W_receptance) (relu(x_k W_key)² W_value)
 
-The code has the published names: time_maa_k for maa_k and so on, time_faaaa for u. The model is
-trained in parallel like a Transformer and runs as an RNN. What is different from GPT-2:
+W_... are matrices, ..._w1 and ..._w2 are pairs of low rank (time_maa_w2 has one for each m), the
+rest are vectors, written as rows and multiplied channel by channel. The name is that of four of
+them: receptance (the query), w (the log of the decay), key, value. What is different from GPT-2:
 
 * no attention: each head sums up its past in a matrix S of keys by values, which the query r reads.
   No positions, no limit to the context, and the millionth token costs what the tenth did;
-* how much is kept of each row of S, e^w of a channel of the key, is computed from the token;
-* "token shift": what a matrix reads is a mix of this token's vector and the one before, in time
-  mixing by shares that are computed from the token too;
-* the MLP is a squared ReLU behind a gate; the only biases are those of norms;
-* the embedding is normed at once, and the head is a matrix of its own.
+* "token shift": what a matrix reads is a mix of this token's vector and the one before;
+* how much is kept of each row of S, e^w, and in time mixing the shares of that mix are computed
+  from the token. This is what RWKV-6 adds to RWKV-5: what it reads decides what it forgets;
+* the MLP is a squared ReLU behind a gate; the only biases are those of norms; the embedding is
+  normed at once, and the head is a matrix of its own.
 
     B batch   T time   C channels (n_embd)   H heads   D head size   L layers   V vocabulary
 
 References: Peng et al. 2024, "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic
 Recurrence"; BlinkDL/RWKV-LM@524481d RWKV-v5/src/model.py (x060); BlinkDL/ChatRWKV@965e40b
 RWKV_v6_demo.py. On chunks: Yang et al. 2023, "Gated Linear Attention Transformers". Loads and
-writes the official .pth; sizes are read from it.
+writes the official .pth, also with a tuned state merged into it; sizes are read from it.
 
     model = RWKV6.from_pretrained("RWKV-x060-World-1B6.pth",    # or RWKV6(SIZES["1.6b"]), untrained
                                   eos_token_id=0)               # ends a text: files do not state it
@@ -57,7 +61,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHUNK = 64                                   # tokens that read each other by one matrix
+CHUNK = 64                                   # a sequence is computed in pieces of so many tokens
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class RWKV6Config:
     dim_ffn: int = 7168
     mix_lora: int = 32                       # rank of maa_w1 and maa_w2, which make the shares
     decay_lora: int = 64                     # rank of decay_w1 and decay_w2
-    group_norm_eps: float = 64e-5            # 1e-5 * head_size_divisor ** 2, which is 8
+    group_norm_eps: float = 64e-5            # as the authors: y / 8 is normed with 1e-5
     tuned_state: bool = False                # has att.time_state: a trained S to begin with
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -107,8 +111,8 @@ SIZES = {
 def previous(x: Tensor, last: Tensor | None) -> Tensor:
     """(B, T, C) -> (B, T, C): at each position the vector of the token before ("token shift").
 
-    The first position reads `last` (B, C), which is overwritten with the last of x, or zeros.
-    Earlier tokens are constants: gradients flow only into x.
+    Before the first comes `last` (B, C), or 0 if it is None; the last of x overwrites it. Earlier
+    tokens are constants: gradients flow only into x.
     """
     if last is None:
         return F.pad(x, (0, 0, 1, -1))
@@ -126,7 +130,7 @@ def wkv6_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
     """
     y, S = [], S0
     for t in range(r.shape[2]):
-        new = k[:, :, t, :, None] * v[:, :, t, None, :]                 # (B, H, D, D)
+        new = k[:, :, t, :, None] * v[:, :, t, None, :]                 # kᵀ v: (B, H, D, D)
         y.append(r[:, :, t, None, :] @ (S + u[..., None] * new))        # (B, H, 1, D)
         S = w[:, :, t, :, None].exp() * S + new
     return torch.cat(y, 2), S
@@ -167,7 +171,8 @@ def wkv6_chunks(r, k, v, w, u, S):
     while A.shape[-1] < size:
         (A0, A1), (r0, r1), (k0, k1), (decay0, decay1) = (
             (x[:, :, ::2], x[:, :, 1::2]) for x in (A, r, k, decay))    # the earlier and the later
-        A = torch.cat([F.pad(A0, (0, A.shape[-1])), torch.cat([r1 @ k0.mT, A1], -1)], -2)
+        later = torch.cat([r1 @ k0.mT, A1], -1)                         # (B, H, n / 2, h, 2 h)
+        A = torch.cat([F.pad(A0, (0, A.shape[-1])), later], -2)         # (B, H, n / 2, 2 h, 2 h)
         r, k = torch.cat([r0, decay0 * r1], -2), torch.cat([decay1 * k0, k1], -2)
         decay = decay0 * decay1                                         # (B, H, n, 1, D)
     v = v.unflatten(2, (-1, size))                                      # (B, H, n, h, D)
@@ -222,24 +227,23 @@ class TimeMix(nn.Module):
         return self.time_state.float().mT.expand(batch_size, -1, -1, -1)    # stored value by key
 
     def forward(self, x, last, S):
-        gap = previous(x, last) - x                                     # (B, T, C)
-        low = torch.tanh((x + gap * self.time_maa_x) @ self.time_maa_w1)    # (B, T, 5m)
-        low = low.unflatten(-1, (5, -1)).permute(2, 0, 1, 3).flatten(1, 2)  # (5, BT, m)
-        mw, mk, mv, mr, mg = (low @ self.time_maa_w2).unflatten(1, x.shape[:2])     # (B, T, C)
-        xw = x + gap * (self.time_maa_w + mw)
-        r = self.receptance(x + gap * (self.time_maa_r + mr))
-        k = self.key(x + gap * (self.time_maa_k + mk))
-        v = self.value(x + gap * (self.time_maa_v + mv))
-        g = F.silu(self.gate(x + gap * (self.time_maa_g + mg)))
-        rate = torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
-        w = -torch.exp(self.time_decay.float() + rate.float())          # bf16 has no e^w = 0.999
+        gap = previous(x, last) - x                                     # x' - x: (B, T, C)
+        low = torch.tanh((x + gap * self.time_maa_x) @ self.time_maa_w1)    # (B, T, 5 rank)
+        low = low.unflatten(2, (5, -1)).permute(2, 0, 1, 3).flatten(1, 2)   # (5, B T, rank)
+        m_w, m_k, m_v, m_r, m_g = (low @ self.time_maa_w2).unflatten(1, x.shape[:2])
+        x_w = x + gap * (self.time_maa_w + m_w)
+        r = self.receptance(x + gap * (self.time_maa_r + m_r))
+        k = self.key(x + gap * (self.time_maa_k + m_k))
+        v = self.value(x + gap * (self.time_maa_v + m_v))
+        g = F.silu(self.gate(x + gap * (self.time_maa_g + m_g)))
+        rate = torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
+        w = -torch.exp(self.time_decay.float() + rate.float())      # to bf16, a decay of 0.999 is 1
         r, k, v, w = (z.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
                       for z in (r, k, v, w))
-        if S is None:
-            y, _ = wkv6(r, k, v, w, self.time_faaaa, self.first_state(len(x)))
-        else:                                # S is overwritten: autograd has to keep a copy
-            y, end = wkv6(r, k, v, w, self.time_faaaa, S.clone() if torch.is_grad_enabled() else S)
-            S.copy_(end.detach())
+        S0 = self.first_state(len(x)) if S is None else S.clone()       # S is overwritten below
+        y, S1 = wkv6(r, k, v, w, self.time_faaaa, S0)
+        if S is not None:
+            S.copy_(S1.detach())
         return self.output(self.ln_x(y).to(g.dtype) * g)
 
 
@@ -396,29 +400,34 @@ class RWKV6(nn.Module):
         drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
         c, context = self.config, self.config.context or math.inf
+        stop = c.eos_token_id if stop is None else stop
+        stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
+        for tokens in (*prompts, stop):
+            if not isinstance(tokens, (list, tuple, set)) or not {*map(type, tokens)} <= {int}:
+                raise ValueError("expected prompts as a list of lists of ints, stop as an int or a "
+                                 f"list of ints, found {tokens!r:.10}")
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
         low, high = min(map(min, prompts)), max(map(max, prompts))
         if low < 0 or high >= c.vocab_size:
             raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
                              f"{c.vocab_size - 1}: is this the model's own tokenizer?")
-        if (max_new_tokens < 0 or not temperature >= 0 or (top_k is not None and top_k < 1)
-                or (top_p is not None and not 0 <= top_p <= 1)):
+        if not (max_new_tokens >= 0 and temperature >= 0 and (top_k is None or top_k >= 1)
+                and (top_p is None or 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        needed = past + max(len(p) + max(limit - 1, 0) for p, limit in zip(prompts, limits))
+        longest = past + max(map(len, prompts))
+        needed = max(longest, min(longest + max_new_tokens, context) - 1)   # the last is not fed
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
             raise ValueError(f"{len(prompts)} prompts and a state of {len(state.position)} rows: "
                              "continuing a state takes one of each")
-        if needed > min(context, state.capacity):
+        if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        stop = c.eos_token_id if stop is None else stop
-        stop = [stop] if stop is None or isinstance(stop, int) else stop
+        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -437,9 +446,8 @@ class RWKV6(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # ended rows are fed again, into their last slot
-                    ended = [row not in active for row in order]
-                    state.position.sub_(state.position.new_tensor(ended))
+                if active:                   # rows that ended are fed too, into slots that exist
+                    state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
             for module, mode in modes.items():
@@ -467,12 +475,13 @@ class RWKV6(nn.Module):
                         dtype: torch.dtype | None = None, **overrides) -> "RWKV6":
         """Read an official .pth, or the one in a folder; only one copy in memory.
 
-        dtype None keeps the stored one. overrides: config fields that the file does not state.
+        dtype None: that of its matrices. overrides: config fields that the file does not state.
         A damaged file, or one of another model, raises what torch raises.
         """
         config, tensors = read_pth(Path(path))
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(replace(config, **overrides))
+        dtype = dtype or tensors["blocks.0.att.key.weight"].dtype
         weights = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
         for name, p in model.named_parameters():                        # some lack axes of length 1
             if name in weights and weights[name].squeeze().shape == p.squeeze().shape:
@@ -483,6 +492,9 @@ class RWKV6(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write model.pth in the official layout and config.json, each as a whole."""
         weights, stated = Path(directory, "model.pth"), Path(directory, "config.json")
+        others = [file.name for file in weights.parent.glob("*.pth") if file != weights]
+        if others:                           # one of several: which, a reader could not tell
+            raise ValueError(f"{directory} holds {', '.join(others)}: save into another folder")
         weights.parent.mkdir(parents=True, exist_ok=True)
         config = {"architectures": ["RWKV6"], "model_type": "rwkv6", "tie_word_embeddings": False,
                   "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
@@ -500,15 +512,18 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     Ties with the k-th largest stay. top-p keeps the most likely tokens up to and including the one
     that crosses p, as Meta's code does. What is left need not sum to 1.
     """
-    logits = logits / temperature
+    logits = logits / max(temperature, 1e-20)           # below that: greedy, without overflow
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[:, -1:]                         # (B, 1)
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        falling, order = probs.sort(dim=-1, descending=True, stable=True)
-        beyond = falling.cumsum(-1) - falling > top_p                   # the mass before it is > p
-        probs = probs.scatter(-1, order, falling.masked_fill(beyond, 0.0))
+        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        for row in probs:                                               # (V,), few of them not 0
+            likely = row.nonzero()[:, 0]
+            falling, order = row[likely].sort(descending=True, stable=True)
+            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
     return probs
 
 
@@ -536,12 +551,10 @@ def read_pth(path: Path) -> tuple[RWKV6Config, dict[str, Tensor]]:
         raise ValueError(f"{path} holds {', '.join(file.name for file in files)}: pass one of them")
     tensors = torch.load(files[0], map_location="cpu", weights_only=True,
                          mmap=zipfile.is_zipfile(files[0]))             # no zip before torch 1.6
-    tensors = {name.removeprefix("_forward_module."): tensor                # DeepSpeed's prefix
+    tensors = {name.removeprefix("_forward_module."): tensor            # DeepSpeed's prefix
                for name, tensor in tensors.items()}
     beside = files[0].with_name("config.json")
     stated = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-    if stated.get("model_type", "rwkv6") != "rwkv6":
-        raise ValueError(f"{path} has model_type {stated['model_type']!r}, not 'rwkv6'")
     V, C = tensors["emb.weight"].shape
     layers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
     sizes = dict(vocab_size=V, n_embd=C, n_layer=len(layers),

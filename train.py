@@ -4,8 +4,9 @@ With no argument it reads the source of Python's standard library, trains a toke
 small GPT, shows what it does, and leaves a run directory (out/gpt) that `python chat.py out/gpt`
 talks to and transformers opens. Every setting is a flag: see `python train.py --help`.
 
-From the top: settings; process, device, precision; data; loss; the step; memory; what is derived
-from the settings; `train`, with the loop. What lies on disk is read and written by checkpoints.py.
+From the top: settings; data; loss; the step; what the settings lead to; `train`, with the loop.
+Beside it: flags.py makes flags of the settings, process.py knows device, clock and the other
+processes, plan.py chooses sizes, checkpoints.py reads and writes what lies on disk.
 To change the data, see `Batches`; the loss, `NextTokenLoss`; the optimiser, `make_optimizer`; the
 schedule, `learning_rate`. finetune.py and chat.py import what they need from here.
 
@@ -14,23 +15,20 @@ often gradients are accumulated, follows from it, on one process or on many (tor
 are fp32 and computed with under autocast. The order of the data depends on the seed and the step
 alone, dropout also on the number of processes: a resumed run gives the same bits.
 """
-import argparse
-import contextlib
+import time
+
+STARTED = time.time()                        # --minutes counts from here: torch takes seconds
+
 import dataclasses
 import gzip
 import hashlib
 import json
 import lzma
 import math
-import os
-import re
 import shlex
-import signal
 import sys
 import sysconfig
-import time
-import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -42,23 +40,18 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import tokenizer as text
-from checkpoints import (MODELS, check_vocabulary, config_values, curve, identify, is_out_of_memory,
-                         load_checkpoint, load_resume, locate, make_run_directory, measured,
-                         model_parts, publish, resume_settings, save_resume, saved_tokenizer,
-                         write_settings, write_text)
-from data import Parser
-
-STARTED = time.time()
+from checkpoints import (MODELS, can_draw, check_vocabulary, config_values, curve, draw_log,
+                         identify, is_out_of_memory, load_checkpoint, load_resume, locate,
+                         make_run_directory, measured, model_parts, publish, resume_settings,
+                         save_resume, saved_tokenizer, write_settings, write_text)
+from flags import complain, flag, parse_settings, show_any_text
+from plan import (BYTES, EPOCHS, SHAPES, Shape, checkpoint_blocks, choose, peak_bytes, plan_memory,
+                  smaller)
+from process import Interrupt, Pace, Run, clock, seconds_of, start_run
 
 # ---------------------------------------------------------------------------------------- settings
 
-
-def flag(default, meaning: str, *aliases: str, **limits):
-    """A field of the settings: its default, its meaning in --help, other names, and its limits:
-    low and high (inclusive), above (exclusive), choices; task, the only one that it belongs to."""
-    made = {"default_factory": list} if default == [] else {"default": default}
-    return field(metadata={"help": meaning, "aliases": aliases, **limits}, **made)
-
+MINUTES = 2.75                               # of a run for which nothing was said
 
 @dataclass
 class Common:
@@ -70,7 +63,7 @@ class Common:
     split_seed: int = flag(0, "decides what is held out")
     encoding: str | None = flag(None, "of the text files (UTF-8, or as their first bytes say)")
     tokenizer: str | None = flag(None, "folder, file or name (without: a new one is trained)")
-    context: int | None = flag(None, "tokens in a training sequence (256; with --size or "
+    context: int | None = flag(None, "tokens in a training sequence (planned; with --size or "
                                "--init-from the model's, 1024 at most)", "block_size", low=2)
     config: list[str] = flag([], "config fields as field=value, for what has no flag of its own")
     out: str | None = flag(None, "the run directory (out/MODEL, then out/MODEL-2, ...)")
@@ -81,6 +74,8 @@ class Common:
     final_lr: float = flag(0.05, "learning rate at the end, as a fraction of the peak", low=0,
                            high=1)
     warmup: int | None = flag(None, "steps of linear warm-up (a tenth)", low=0)
+    keep: str = flag("best", "whose weights the run directory holds: those of the best validation, "
+                     "or the last", choices=("best", "last"))
     weight_decay: float = flag(0.1, "decay of the matrices", low=0)
     clip: float = flag(1.0, "largest norm of the gradient", above=0)
     seed: int = flag(0, "decides initial weights, order of the data, dropout, samples", low=0)
@@ -92,7 +87,7 @@ class Common:
     checkpoint_activations: bool = flag(False, "save memory: recompute activations in the backward "
                                         "pass")
     eval_every: int | None = flag(None, "steps between validations (a tenth)", low=1)
-    sample_every: int | None = flag(None, "steps between samples (a quarter)", low=1)
+    sample_every: int | None = flag(None, "steps between samples (a third)", low=1)
     save_minutes: float = flag(5.0, "minutes between saves", low=0)
     init_from: str | None = flag(None, "start from this checkpoint, with its tokenizer")
     resume: str | None = flag(None, "go on with this run directory, bit-exactly")
@@ -105,193 +100,29 @@ class Settings(Common):
     """Settings of train.py alone."""
     model: str = flag("gpt", "which architecture", choices=MODELS)
     size: str | None = flag(None, "a published size of it, by its name in SIZES")
-    layers: int | None = flag(None, "number of blocks (2)", low=1)
-    width: int | None = flag(None, "channels of the residual stream (192)", low=1)
-    vocab: int = flag(4096, "size of a new vocabulary, specials too", low=257)
-    minutes: float | None = flag(None, "instead of --steps: what fits into this time", low=0.05)
-    tokens_per_step: int | None = flag(None, "tokens in a step (1024; with --size or --init-from "
-                                       "16384)", low=2)
+    layers: int | None = flag(None, "number of blocks (planned)", low=1)
+    width: int | None = flag(None, "channels of the residual stream (planned)", low=1)
+    vocab: int | None = flag(None, "size of a new vocabulary, specials too (planned)", low=257)
+    minutes: float | None = flag(None, "instead of --steps: all the time it takes, from "
+                                 f"command to end ({MINUTES}; {EPOCHS} epochs if less)", low=0.05)
+    plan: bool = flag(False, "say what would be trained, and stop")
+    optimizer: str | None = flag(None, "of the matrices inside the blocks (muon; with "
+                                 "--init-from adamw)", choices=("muon", "adamw"))
+    muon_lr: float = flag(0.02, "peak learning rate of Muon", above=0)
+    tokens_per_step: int | None = flag(None, "tokens in a step (planned; with --size or "
+                                       "--init-from 16384)", low=2)
     batch_size: int | None = flag(None, "instead of --tokens-per-step: sequences in a step", low=1)
-    eval_tokens: int = flag(32768, "tokens of a validation on the way; the last reads all", low=1)
+    eval_tokens: int | None = flag(None, "tokens of a validation on the way (those of all ten "
+                                   "take a thirtieth of the time); the last reads all", low=1)
     sample_prompt: str | None = flag(None, "what samples begin with (the beginning of the held-out "
                                      "text)")
     workers: int | None = flag(None, "processes that pack text (as many as pay)", low=1)
 
 
 # These do not change the weights, so that a resumed run may have others.
-HARMLESS = {"out", "resume", "settings", "workers", "eval_every", "eval_tokens", "sample_every",
-            "sample_prompt", "save_minutes"}
+HARMLESS = {"out", "keep", "resume", "settings", "workers", "eval_every", "eval_tokens",
+            "sample_every", "sample_prompt", "save_minutes"}
 
-
-def number(kind: type, low=-math.inf, high=math.inf, above=-math.inf):
-    """An argparse type: an int or a float within limits."""
-    def convert(word: str):
-        value = kind(word)
-        for wrong, limit in ((not math.isfinite(value), "finite"), (value < low, f"at least {low}"),
-                             (value > high, f"at most {high}"),
-                             (value <= above, f"more than {above}")):
-            if wrong:
-                raise argparse.ArgumentTypeError(f"{word} must be {limit}")
-        return value
-    convert.__name__ = kind.__name__         # argparse says "invalid int value"
-    return convert
-
-
-def add_flag(parser: Parser, spec: dataclasses.Field) -> None:
-    """The flag of a field: --name and its aliases."""
-    names = ["--" + name.replace("_", "-") for name in (spec.name, *spec.metadata["aliases"])]
-    about, kinds = spec.metadata, typing.get_args(spec.type) or (spec.type,)
-    limits = {name: about[name] for name in ("low", "high", "above") if name in about}
-    shape = {"type": str, "metavar": "TEXT"}
-    if spec.type is bool:
-        shape = {"action": "store_true"}
-    elif typing.get_origin(spec.type) is list:
-        shape = {"nargs": "+", "metavar": "TEXT"}
-    elif "choices" in about:
-        shape = {"choices": about["choices"], "metavar": "|".join(about["choices"])}
-    elif kinds[0] in (int, float):
-        shape = {"type": number(kinds[0], **limits), "metavar": kinds[0].__name__.upper()}
-    left_out = spec.default is None or spec.default is False or spec.default is dataclasses.MISSING
-    default = "" if left_out else f" ({spec.default})"
-    only = f"{about['task']}: " if "task" in about else ""
-    parser.add_argument(*names, dest=spec.name, help=only + about["help"] + default, **shape)
-
-
-def parse_settings(kind: type, argv: list[str], description: str):
-    """The settings of a command line, and the names of those that were given there."""
-    parser = Parser(description=description, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
-    for spec in dataclasses.fields(kind):
-        add_flag(parser, spec)
-    given = vars(parser.parse_args([re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), word)
-                                    for word in argv]))
-    stated = {}
-    if "settings" in given:                  # the file as flags: checked in the same way
-        try:
-            if not Path(given["settings"]).is_file():
-                raise FileNotFoundError(f"--settings {given['settings']}: no such file")
-            stated = text.read_json(given["settings"])
-        except (ValueError, OSError) as error:
-            parser.error(str(error))
-        words = []
-        for name, value in stated.items():
-            values = value if isinstance(value, list) else [] if value is True else [value]
-            if value not in (None, False, []):
-                words += ["--" + name.replace("_", "-"), *map(str, values)]
-        stated = vars(parser.parse_args(words))
-    return kind(**{**stated, **given}), set(given)
-
-# ------------------------------------------------------------------- process, device and precision
-
-
-@dataclass
-class Run:
-    """This process: its device and precision, its place among the others, its run directory."""
-    device: torch.device
-    dtype: torch.dtype
-    rank: int = 0
-    world: int = 1
-    started: float = 0.0                     # when the command was given
-    out: Path | None = None                  # set on rank 0 once there is a directory
-    line: str = ""                           # what a terminal shows until the next line
-
-    def say(self, message: str) -> None:
-        """One line of rank 0."""
-        if self.rank == 0:
-            clear = f"\r{'':{len(self.line)}}\r" if self.line else ""
-            print(clear + message, flush=True)
-            self.line = ""
-
-    def say_step(self, message: str, step: int, steps: int) -> None:
-        """A line about a step: about 200 in all; on a terminal 20, and between them one in place."""
-        terminal = sys.stdout.isatty()
-        every = max(1, steps // (20 if terminal else 200))
-        if step % every == 0 or step in (1, steps):
-            self.say(message)
-        elif terminal and self.rank == 0:
-            print(f"\r{message:{len(self.line)}}", end="", flush=True)
-            self.line = message
-
-    def log(self, **event) -> None:
-        """One line of log.jsonl."""
-        if self.out is not None:
-            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
-
-    def sum(self, *numbers: float) -> list[float]:
-        """Each number summed over all processes; on one process the numbers themselves."""
-        if self.world == 1:
-            return list(numbers)
-        exact = torch.float32 if self.device.type == "mps" else torch.float64
-        total = torch.tensor(numbers, dtype=exact, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def autocast(self):
-        """Where the computation takes place in lower precision, if it does."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-
-def choose_device(asked: str | None) -> torch.device:
-    """The device asked for, if it works, or the best there is."""
-    best = ("cuda" if torch.cuda.is_available()
-            else "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(asked or best)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {asked} does not work here: "
-                         + str(error).splitlines()[0][:150]) from None
-    return device
-
-
-def choose_dtype(device: torch.device, asked: str | None) -> tuple[torch.dtype, str]:
-    """The precision of the computation, and why. Parameters and optimiser stay in fp32."""
-    if asked == "float16" and device.type != "cuda":
-        raise ValueError(f"--dtype float16 on {device.type}: the loss scaling it needs is there on "
-                         "CUDA only; take bfloat16 or float32")
-    if asked:
-        return getattr(torch, asked), "asked for"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "this GPU computes it fast"
-        return torch.float16, "this GPU has no fast bfloat16; the loss is scaled"
-    if device.type != "cpu":
-        return torch.float32, f"the safe choice on {device.type}"
-    a, b, best = torch.randn(1024, 512), torch.randn(512, 512), {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, y = a.to(dtype), b.to(dtype)
-        best[dtype] = min(seconds_of(lambda x=x, y=y: x @ y) for _ in range(8))
-    ratio = best[torch.float32] / best[torch.bfloat16]
-    if ratio < 1.5:
-        return torch.float32, f"bfloat16 is only {ratio:.2f} times as fast on this CPU"
-    return torch.bfloat16, f"on this CPU {ratio:.1f} times as fast as float32 in a matrix product"
-
-
-def seconds_of(work) -> float:
-    """Seconds that a call takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def start_run(settings: Common) -> Run:
-    """Choose device and precision; join the other processes if torchrun started this one."""
-    device = choose_device(settings.device)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    dtype, reason = choose_dtype(device, settings.dtype)
-    run = Run(device, dtype, rank, world, started=STARTED)
-    run.say(f"device     {device}: " + ("asked for" if settings.device else "the best there is")
-            + (f"; {torch.get_num_threads()} threads" if device.type == "cpu" else "")
-            + (f"; {world} processes" if world > 1 else ""))
-    run.say(f"precision  {str(dtype).removeprefix('torch.')}: {reason}")
-    settings.device, settings.dtype = device.type, str(dtype).removeprefix("torch.")
-    return run
 
 # -------------------------------------------------------------------------------------------- data
 
@@ -526,23 +357,75 @@ def compressed(corpus: Corpus) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------- the step
 
 
-def make_optimizer(model, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW over the model's own groups and constants; fused where the device has it."""
+class Muon(torch.optim.AdamW):
+    """AdamW, but groups that have "muon" are stepped by Muon (Jordan et al. 2024).
+
+    The momentum of a matrix, U S Vᵀ, is replaced by U Vᵀ, or nearly, so that all directions move
+    alike. Three steps of X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X with Jordan's coefficients bring the
+    singular values near 1: more change little, and are dear on a CPU. Matrices of one shape go
+    together.
+    """
+    MOMENTUM, A, B, C = 0.95, 3.4445, -4.7750, 2.0315
+
+    @torch.no_grad()
+    def step(self):
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group.get("muon")]
+        super().step()
+        self.param_groups = groups
+        for group in groups:
+            same_shape = {}
+            for parameter in group["params"] if group.get("muon") else ():
+                if parameter.grad is not None:
+                    same_shape.setdefault(parameter.shape, []).append(parameter)
+            for (rows, columns), parameters in same_shape.items():
+                for p, update in zip(parameters, self.updates(parameters)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def updates(self, parameters: list) -> torch.Tensor:
+        """(n, rows, columns): the orthogonal updates of n matrices."""
+        for p in parameters:
+            if not self.state[p]:            # AdamW, when it is loaded, asks each state for a step
+                self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
+            self.state[p]["momentum"].lerp_(p.grad, 1 - self.MOMENTUM)
+        x = torch.stack([p.grad.lerp(self.state[p]["momentum"], self.MOMENTUM) for p in parameters])
+        wide = x.shape[1] <= x.shape[2]
+        x = x if wide else x.mT
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)               # singular values at most 1
+        x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
+        for _ in range(3):
+            square = x @ x.mT
+            inner = torch.baddbmm(square, square, square, beta=self.B, alpha=self.C)
+            x = torch.baddbmm(x, inner, x, beta=self.A)
+        return (x if wide else x.mT).to(parameters[0].dtype)
+
+
+def make_optimizer(model, weight_decay: float, muon: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW over the model's own groups and constants; fused where the device has it.
+
+    muon: not 0, Muon's learning rate as a multiple of AdamW's; then the matrices inside the blocks
+    are its.
+    """
     groups = [group for group in model.parameter_groups(weight_decay) if group["params"]]
+    for group in groups:
+        if muon and group["hidden_matrix"]:
+            group.update(muon=True, lr_scale=muon * group["lr_scale"])
+    kind = Muon if muon else torch.optim.AdamW
     try:
-        return torch.optim.AdamW(groups, lr=0.0, **model.OPTIMIZER, fused=True)
+        return kind(groups, lr=0.0, **model.OPTIMIZER, fused=True)
     except RuntimeError:
-        return torch.optim.AdamW(groups, lr=0.0, **model.OPTIMIZER)
+        return kind(groups, lr=0.0, **model.OPTIMIZER)
 
 
-def learning_rate(settings: Common, step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to final_lr of the peak."""
+def learning_rate(settings: Common, step: float, steps: int) -> float:
+    """Linear warm-up, then linear decay to final_lr of the peak. In a run by the clock, `step` is
+    the part of its time that has passed, times `steps`."""
     warmup = steps // 10 if settings.warmup is None else settings.warmup
     if step < warmup:
-        return settings.lr * (step + 1) / warmup
+        return settings.lr * min(1.0, (step + 1) / warmup)
     done = (step - warmup) / max(1, steps - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * done))                       # from 1 to 0
-    return settings.lr * (settings.final_lr + (1 - settings.final_lr) * cosine)
+    return settings.lr * (1 - (1 - settings.final_lr) * min(1.0, done))
 
 
 def training_step(run: Run, loss, optimizer, scaler, batches: list[dict], lr: float, clip: float,
@@ -609,164 +492,84 @@ def count_skipped(run: Run, skipped: int, step: int, mean: float, norm: float) -
     return skipped + 1
 
 
-def due(every: int | None, parts: int, step: int, steps: int) -> bool:
-    """Whether it is time after so many steps: each `every` steps, or `parts` times in a run."""
-    return step % every == 0 if every else step * parts // steps > (step - 1) * parts // steps
-
-
-class Pace:
-    """How many steps the run has, and how long they take.
-
-    With --minutes the number of steps is an estimate, renewed after each step from the pace so far
-    and the time that is left since the command was given; warm-up and decay follow it.
-    """
-
-    def __init__(self, settings: Settings, run: Run, step: int):
-        self.minutes = getattr(settings, "minutes", None)               # finetune.py has none
-        self.run, self.first = run, step
-        self.steps = settings.steps or step + 1000
-        self.begun = self.saved = time.time()
-        self.left, self.save_every = 0.0, 60 * settings.save_minutes
-
-    def after(self, step: int) -> None:
-        """Look at the clock after a step."""
-        now = time.time()
-        each = (now - self.begun) / (step - self.first)
-        if self.minutes:                     # 5 %: the last validation
-            left = self.run.started + 0.95 * 60 * self.minutes - now
-            self.steps = step + int(max(0.0, self.run.sum(left / each)[0] / self.run.world))
-        self.left = each * (self.steps - step)
-
-    def save_is_due(self) -> bool:
-        """Whether rank 0 has not saved for --save-minutes."""
-        overdue = self.run.rank == 0 and time.time() - self.saved >= self.save_every
-        if not self.run.sum(float(overdue))[0]:
-            return False
-        self.saved = time.time()
-        return True
-
-
-class Interrupt:
-    """Ctrl-C and SIGTERM as a flag that the loop looks at between two steps."""
-
-    def __enter__(self):
-        self.signal, self.before = 0, {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):                       # not the main thread
-                self.before[number] = signal.signal(number, self.note)
-        return self
-
-    def note(self, number, frame):
-        self.signal = number
-        signal.signal(number, self.before[number])                      # a second one ends at once
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def seen(self, run: Run) -> int:
-        """The signal that any process was sent, or 0."""
-        return int(max(run.sum(self.signal)))
-
-# ------------------------------------------------------------------------------------------ memory
-
-
-def activation_bytes(model_class, config, context: int) -> int:
-    """Bytes that a sequence keeps in fp32 for the backward pass, counted on the meta device."""
-    with torch.device("meta"):
-        model = model_class(config).train()
-        tokens = torch.zeros((1, context), dtype=torch.int64)
-    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage      # held, so that no other gets its address
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        NextTokenLoss(model)({"tokens": tokens, "targets": tokens})
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that this device has left; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    names = getattr(os, "sysconf_names", {})
-    pages = next((n for n in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if n in names), None)
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages else None
-
-
-def plan_memory(settings: Common, run: Run, model_class, config, sequences: int, held: int,
-                learn: int) -> None:
-    """Say what training needs beside what there is, and set how many sequences go at once.
-
-    held: parameters in memory; learn: those of them with a gradient and Adam's two moments.
-    """
-    each = activation_bytes(model_class, config, settings.context)
-    each = int(each * (0.6 if run.dtype != torch.float32 else 1.0))     # half of most, not of all
-    if settings.checkpoint_activations:
-        each //= 4
-    free, fixed, most = free_bytes(run.device), 4 * held + 12 * learn, -(-sequences // run.world)
-    if settings.micro_batch is None:
-        room = (0.7 * free - fixed) / each if free else 8
-        most = max(1, min(most, 16384 // settings.context, int(room)))
-        settings.micro_batch = 1 << (most.bit_length() - 1)             # a power of two
-    need, gb = fixed + each * settings.micro_batch, 1 << 30
-    run.say(f"memory     about {need / gb:.2f} GB: parameters {4 * held / gb:.2f}, gradients "
-            f"{4 * learn / gb:.2f}, Adam {8 * learn / gb:.2f}, activations "
-            f"{each * settings.micro_batch / gb:.2f}"
-            + (f"; {free / gb:.1f} GB are free" if free else ""))
-    if free and need > free:
-        run.say(f"warning    that is more than there is: try {smaller(settings)}")
-
-
-def smaller(settings: Common) -> str:
-    """The next setting that needs less memory."""
-    if settings.micro_batch > 1:
-        return f"--micro-batch {settings.micro_batch // 2}"
-    if not settings.checkpoint_activations:
-        return "--checkpoint-activations"
-    return f"--context {settings.context // 2}"
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that this process has used: of the GPU, else of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:                      # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def checkpoint_blocks(model) -> None:
-    """Recompute the activations of each block in the backward pass instead of keeping them."""
-    blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
-    for block in blocks:
-        def recompute(*arguments, forward=block.forward):
-            if torch.is_grad_enabled():
-                return checkpoint(forward, *arguments, use_reentrant=False)
-            return forward(*arguments)
-        block.forward = recompute
-
-
 def shown(measures: dict[str, float]) -> str:
     """Measures on one line."""
     return ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
 
-
-def clock(seconds: float) -> str:
-    """Seconds as 1:02:03 or 2:03."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
 # ----------------------------------------------------------------------- what the settings lead to
+
+
+def plan_run(settings: Settings, run: Run) -> float | None:
+    """Fill in the sizes and the time that were left open, by measurement (see plan.py), and say so;
+    tokens per second. None, and nothing measured, where all of it was given or follows from a
+    published size or a checkpoint.
+    """
+    if settings.size or settings.init_from:
+        settings.vocab = settings.vocab or 4096
+        return None
+    made = settings.tokenizer or next(
+        (path for path in settings.data if Path(path, "tokenizer_config.json").exists()), None)
+    asked = {"layers": settings.layers, "width": settings.width, "context": settings.context,
+             "vocab": text.load_tokenizer(made).vocab_size if made else settings.vocab,
+             "tokens": settings.tokens_per_step}
+    shapes = [shape._replace(**{name: value for name, value in asked.items() if value})
+              for shape in SHAPES]
+    if settings.batch_size:
+        shapes = [shape._replace(tokens=settings.batch_size * shape.context) for shape in shapes]
+    shapes, bounded = [*dict.fromkeys(shapes)], settings.steps or settings.epochs
+    shape, speed = shapes[0], None
+    if len(shapes) > 1 or not bounded:
+        size, minutes = text_bytes(settings), settings.minutes or MINUTES
+        shape, each, seconds = choose(
+            shapes, 60 * minutes, math.inf if bounded or settings.minutes else size,
+            lambda shape, enough: step_seconds(settings, run, shape, enough))
+        speed, epochs = shape.tokens / each, shape.tokens / each * seconds / size * BYTES
+        if not bounded:
+            settings.minutes = settings.minutes or round(seconds / 60, 2)
+        lasts = "" if bounded else f": about {epochs:.1f} epochs in {settings.minutes:g} minutes"
+        run.say(f"plan       {size / 1e6:.1f} MB of text; {speed:,.0f} tokens/s at {shape.layers} x"
+                f" {shape.width}, context {shape.context}, vocabulary {shape.vocab}, "
+                f"{shape.tokens} tokens a step{lasts}")
+    settings.layers, settings.width = shape.layers, shape.width
+    settings.context, settings.tokens_per_step = shape.context, shape.tokens
+    settings.vocab, settings.batch_size = None if made else shape.vocab, None
+    return speed
+
+
+def step_seconds(settings: Settings, run: Run, shape: Shape, enough: float) -> float:
+    """How long a step of this shape takes, by a few steps that change nothing; far over `enough`,
+    by one."""
+    model_class, config_class, _ = model_parts(settings.model)
+    config = config_class.sized(shape.layers, shape.width, shape.vocab, shape.context)
+    values = config_values(config_class, settings.config)
+    model = model_class(dataclasses.replace(config, **values)).to(run.device).train()
+    muon = float(settings.optimizer != "adamw")
+    optimizer = make_optimizer(model, settings.weight_decay, muon)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    rows = max(1, shape.tokens // shape.context // run.world)
+    tokens = torch.randint(shape.vocab, (min(rows, max(1, 16384 // shape.context)), shape.context))
+    batches = [{"tokens": tokens, "targets": tokens}] * -(-rows // len(tokens))
+    loss, times = NextTokenLoss(model), []
+    try:
+        while len(times) < 4 and min(times, default=0) < 3 * enough:
+            took = seconds_of(lambda: training_step(run, loss, optimizer, scaler, batches, 0.0, 1.0,
+                                                    shape.tokens))
+            times.append(run.sum(took)[0] / run.world)                  # the same on all processes
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return math.inf
+        raise
+    return min(times)
+
+
+def text_bytes(settings: Settings) -> float:
+    """About how many bytes there are to train on."""
+    if not settings.data:
+        return sum(path.stat().st_size for _, path in standard_library())
+    folders = [path for path in settings.data if Path(path, "train.bin").exists()]
+    if folders:                              # two bytes a token
+        return Path(folders[0], "train.bin").stat().st_size / 2 * BYTES
+    return sum(path.stat().st_size for path in data.find_files(settings.data, settings.encoding)[0])
 
 
 def check_settings(settings: Settings, given: set[str]) -> None:
@@ -787,18 +590,16 @@ def check_settings(settings: Settings, given: set[str]) -> None:
         settings.model = found
 
 
-def derive(settings: Settings, given: set[str], run: Run, corpus: Corpus):
-    """Fill in every setting that was left open, say what was decided; (config, model or None).
+def derive(settings: Settings, given: set[str], run: Run, corpus: Corpus, speed: float | None):
+    """Fill in every setting that is still open, say what was decided; (config, model or None).
 
-    Only --init-from has a model, with its weights, already.
+    speed: tokens per second, if measured. Only --init-from has a model, with its weights, already.
     """
     model_class, config_class, sizes = model_parts(settings.model)
     tokenizer, model = corpus.tokenizer, None
     values = config_values(config_class, settings.config)
-    own = not (settings.init_from or settings.size)                     # a size of our own
-    context = settings.context or (256 if own else 1024)
-    if own:
-        settings.layers, settings.width = settings.layers or 2, settings.width or 192
+    own = not (settings.init_from or settings.size)                     # planned
+    context = settings.context or 1024
     if settings.init_from:
         model = load_checkpoint(settings.init_from, "cpu", torch.float32, **values)
         config = model.config
@@ -818,7 +619,7 @@ def derive(settings: Settings, given: set[str], run: Run, corpus: Corpus):
         settings.context = len(corpus.train) - 1
         run.say(f"warning    the training part has only {len(corpus.train)} tokens: sequences are "
                 f"{settings.context} long")
-    tokens = settings.tokens_per_step or (1024 if own else 16384)
+    tokens = settings.tokens_per_step or 16384
     sequences = settings.batch_size or max(1, tokens // settings.context)
     if sequences < run.world:
         run.say(f"warning    {sequences} sequences a step are fewer than the processes: "
@@ -826,24 +627,34 @@ def derive(settings: Settings, given: set[str], run: Run, corpus: Corpus):
         sequences = run.world
     settings.tokens_per_step, settings.batch_size = sequences * settings.context, None
     if settings.lr is None:
-        settings.lr = 3.5e-3 * math.sqrt(192 / settings.width) if own else 6e-4
+        settings.lr = 3e-3 * math.sqrt(128 / settings.width) if own else 6e-4
         settings.lr = 1e-4 if settings.init_from else settings.lr
+    settings.optimizer = settings.optimizer or ("adamw" if settings.init_from else "muon")
     epoch = len(corpus.train) / settings.tokens_per_step                # in steps
     if settings.epochs:
         settings.steps, settings.epochs = max(1, round(settings.epochs * epoch)), None
     if settings.steps is None and settings.minutes is None:
-        settings.steps = 1800
+        settings.minutes = MINUTES
+    steps = settings.steps or (60 * settings.minutes * speed / settings.tokens_per_step
+                               if speed else None)                      # None: unknown
+    if settings.eval_tokens is None:         # ten validations of 3 %, and three tokens' time each
+        settings.eval_tokens = max(4096, int(0.009 * steps * settings.tokens_per_step)
+                                   ) if steps else 32768
     if settings.sample_prompt is None:
         settings.sample_prompt = opening(corpus)
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in model_class(config).parameters())
+        empty = NextTokenLoss(model_class(config).train())
+    count = sum(parameter.numel() for parameter in empty.parameters())
     run.say(f"model      {settings.model}, {count:,} parameters: {config}")
-    plan_memory(settings, run, model_class, config, sequences, count, count)
-    length = (f"{settings.minutes:g} minutes" if settings.minutes else
-              f"{settings.steps} steps, {settings.steps / epoch:.2f} epochs")
-    run.say(f"plan       {length}; {settings.tokens_per_step} tokens a step, "
-            f"{settings.micro_batch} sequences of {settings.context} at once, "
-            f"learning rate {settings.lr:.2g}")
+    plan_memory(settings, run, empty, sequences, count, count)
+    length = f"{settings.minutes:g} minutes" if settings.minutes else f"{settings.steps} steps"
+    run.say(f"plan       {length}" + (f", {steps / epoch:.2f} epochs" if steps else "")
+            + f"; {settings.tokens_per_step} tokens a step, {settings.micro_batch} sequences of "
+            f"{settings.context} at once, learning rate {settings.lr:.2g}"
+            + (f", Muon's {settings.muon_lr:.2g}" if settings.optimizer == "muon" else ""))
+    if steps and steps / epoch > EPOCHS:
+        run.say(f"warning    {steps / epoch:.0f} passes over the text teach little after the first "
+                f"{EPOCHS}: more text, fewer steps or a smaller model would do as well")
     return config, model
 
 
@@ -862,73 +673,81 @@ def train(settings: Settings, given: set[str]) -> None:
     saved = None
     if settings.resume:
         out, saved = load_resume(settings.resume)
-        settings = resume_settings(Settings, saved, settings, given, out, HARMLESS)
+        settings, changed = resume_settings(Settings, saved, settings, given, out, HARMLESS)
     else:
         check_settings(settings, given)
-    run = start_run(settings)
+    run = start_run(settings, STARTED)
+    speed = None if saved else plan_run(settings, run)
+    if settings.plan:
+        return
     corpus = prepare_corpus(settings, run, saved_tokenizer(saved) if saved else None)
     if saved and corpus.key != saved["data"]:
         raise ValueError(f"--resume {settings.out}: the data have changed since it was started")
     tokenizer, end = corpus.tokenizer, corpus.tokenizer.end_id
-    config, model = derive(settings, given, run, corpus)
+    config, model = derive(settings, given, run, corpus, speed)
     torch.manual_seed(settings.seed)
     model = (model or model_parts(settings.model)[0](config)).to(run.device).train()
     if settings.checkpoint_activations:
         checkpoint_blocks(model)
 
-    def check(last):
-        nats = validate(model, run, corpus.val, settings.context, end,
-                        len(corpus.val) if last else settings.eval_tokens)
-        bits = nats / math.log(2) * len(corpus.val) / corpus.val_bytes
-        return {"val_loss": nats, "bits_per_byte": bits} | (rivals if last else {})
+    def check(limit: int):
+        nats = validate(model, run, corpus.val, settings.context, end, limit)
+        return {"val_loss": nats,
+                "bits_per_byte": nats / math.log(2) * len(corpus.val) / corpus.val_bytes}
 
-    def sample():
+    def show():
         prompt = [end, *tokenizer.encode(settings.sample_prompt)]
         if config.context:                   # room for at least one new token
             prompt = prompt[:config.context - 1]
         [new] = model.generate([prompt], 150, temperature=0.8, top_p=0.9, stop=[end],
                                seed=settings.seed)
         run.say(f"--- sample ---\n{tokenizer.decode(prompt[1:] + new)}\n---")
+        if run.rank == 0:
+            draw_log(run.out)
     rivals = compressed(corpus)
     run.say(f"to beat    gzip -9 {rivals['gzip']:.3f}, xz -9e {rivals['xz']:.3f} bits per byte of "
             "the held-out text")
     if settings.eval_only:
-        return run.say("validation " + shown(check(True)))
+        return run.say("validation " + shown(check(len(corpus.val)) | rivals))
 
     sequences = settings.tokens_per_step // settings.context
     batches = Batches(corpus.train, settings.context, sequences, settings.micro_batch,
                       settings.seed, run)
-    optimizer = make_optimizer(model, settings.weight_decay)
+    muon = settings.muon_lr / settings.lr if settings.optimizer == "muon" else 0.0
+    optimizer = make_optimizer(model, settings.weight_decay, muon)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    step, skipped, measures = 0, 0, {}
+    step, skipped, best = 0, 0, {"val_loss": math.inf, "step": 0, "done": 0.0}
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         step, run.started = saved["step"], time.time() - saved["spent"]
-        if saved["world"] != run.world:
-            run.say(f"resume     not bit-exactly: started on {saved['world']} processes")
+        best = saved.get("best", best)
+        say_changes(run, saved, changed)
     if run.rank == 0:
         run.out = out if saved else make_run_directory(settings.out, settings.model)
         settings.out = str(run.out)
         run.say(f"run        {run.out}")
         write_settings(settings, run.out)
         tokenizer.save(run.out, model_max_length=config.context)
+        can_draw()                           # now, because it takes a second or two
 
     def save():
         if run.rank == 0:
-            save_resume(run.out, settings, run, tokenizer, corpus.key, config, step=step,
+            if settings.keep == "last" or best["step"] in (0, step):
+                publish(model, tokenizer, settings, run.out)
+            save_resume(run.out, settings, run, tokenizer, corpus.key, config, step=step, best=best,
                         model=model.state_dict(), optimizer=optimizer.state_dict(),
                         scaler=scaler.state_dict())
-            publish(model, tokenizer, settings, run.out)
 
     loss = compile_loss(settings.compile, run, NextTokenLoss(model), batches(step)[0])
+    everything = min(len(corpus.val), 30 * settings.eval_tokens)        # or a tenth of the time
     pace = Pace(settings, run, step)
     with Interrupt() as interrupt:
-        while step < pace.steps:
+        while pace.done < 1:
             begun = time.perf_counter()
             torch.manual_seed((settings.seed * 1_000_003 + step) * run.world + run.rank)
-            lr = learning_rate(settings, step, pace.steps)
+            lr = learning_rate(settings, pace.done * pace.steps, pace.steps)
             mean, norm, count = training_step(run, loss, optimizer, scaler, batches(step), lr,
                                               settings.clip, settings.tokens_per_step)
             speed = count / (time.perf_counter() - begun)
@@ -944,34 +763,66 @@ def train(settings: Settings, given: set[str]) -> None:
                 save()
                 raise ValueError("ten steps in a row had no finite loss or gradient: the state "
                                  f"after step {step} is saved; try a lower --lr")
-            last = step >= pace.steps
-            if last or due(settings.eval_every, 10, step, pace.steps):
-                measures = check(last)
+            if pace.due(settings.eval_every, 10, step):
+                with pace.closing_takes("validation", 1 + everything / settings.eval_tokens):
+                    measures = check(settings.eval_tokens)
                 run.log(step=step, **measures)
                 run.say("           validation: " + shown(measures))
-            if last or due(settings.sample_every, 4, step, pace.steps):
-                sample()
+                if measures["val_loss"] < best["val_loss"]:
+                    best = {**measures, "step": step, "done": pace.done}
+                    if settings.keep == "best" and run.rank == 0:
+                        with pace.closing_takes("saving", 2):
+                            publish(model, tokenizer, settings, run.out)
+                elif settings.keep == "best" and pace.done - best["done"] > 1 / 3:
+                    run.say(f"stopped    at step {step}: no validation has been better than that "
+                            f"of step {best['step']} for a third of the run")
+                    pace.done = 1.0
+            if pace.done < 1 and pace.due(settings.sample_every, 3, step):
+                with pace.closing_takes("sample"):
+                    show()
             stop = interrupt.seen(run)
-            if pace.save_is_due() or last or stop:
+            if pace.save_is_due() or stop:
                 save()
             if stop:
                 run.say(f"stopped after step {step}; to go on:  "
                         f"python train.py --resume {run.out}")
                 raise SystemExit(128 + stop)
-    if not measures:                         # all was done, but perhaps not published
-        measures = check(True)
-        save()
+    save()
+    if settings.keep == "best" and best["step"] not in (0, step):
+        step = best["step"]
+        take_back(model, run)
+    show()
+    measures = check(everything)
+    run.log(step=step, **measures, **rivals)
+    finish(settings, run, step, measures | rivals)
+
+
+def say_changes(run: Run, saved: dict, changed: list[str]) -> None:
+    """Say what makes a resumed run differ in its last bits from one that was never stopped."""
+    if saved["world"] != run.world:
+        changed = [*changed, f"started on {saved['world']} processes"]
+    if changed:
+        run.say(f"resume     not bit-exactly: {', '.join(changed)}")
+
+
+def take_back(model, run: Run) -> None:
+    """Load the best weights, those in the run directory, on all processes."""
     if run.rank == 0:
-        finish(settings, run, measures)
+        model.load_state_dict(load_checkpoint(run.out, "cpu", torch.float32).state_dict())
+    if run.world > 1:
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data, 0)
 
 
-def finish(settings: Settings, run: Run, measures: dict) -> None:
+def finish(settings: Settings, run: Run, step: int, measures: dict) -> None:
     """Say how it ended and what to do with it."""
+    if run.rank > 0:
+        return
     losses = measured(run.out, "loss")
     if losses and not (run.out / "loss.png").exists():
         run.say(curve([*losses.values()]))
-    run.say(f"\n{measures['bits_per_byte']:.3f} bits per byte of the held-out text; gzip -9 needs "
-            f"{measures['gzip']:.3f}, xz -9e {measures['xz']:.3f}")
+    run.say(f"\n{measures['bits_per_byte']:.3f} bits per byte of the held-out text, by the weights "
+            f"of step {step}; gzip -9 needs {measures['gzip']:.3f}, xz -9e {measures['xz']:.3f}")
     run.say(f"{clock(time.time() - run.started)} in all, peak memory "
             f"{peak_bytes(run.device) / 2**30:.2f} GB. Talk to it:\n"
             f"python chat.py {run.out} --prompt {shlex.quote(settings.sample_prompt)}")
@@ -1002,19 +853,6 @@ def run_script(name: str, script, settings: Common, given: set[str]) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def show_any_text() -> None:
-    """A terminal or file that cannot hold a letter gets a ? instead."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-
-
-def complain(line: str, status: int = 2) -> int:
-    """Print one line on stderr; the exit status."""
-    print(line, file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

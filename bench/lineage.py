@@ -2,7 +2,7 @@
 
     nice python bench/lineage.py | tee bench/lineage.log
 
-First each operator against the loop over tokens that it replaces, run alternately in this process.
+First each operator against the loop over tokens beside it, which defines it, run alternately in this process.
 Then train.py trains a small model of each kind on its default text (the source of Python's standard
 library): the same number of blocks, about the same number of parameters, the same tokens in the same
 order, the same recipe. Validation loss against tokens goes into lineage/loss.png (matplotlib).
@@ -21,52 +21,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)                      # not bench/, where this file hides the package
-from lineage.rwkv2 import wkv2                                          # noqa: E402
-from lineage.rwkv3 import wkv3                                          # noqa: E402
-from lineage.rwkv4 import wkv4                                          # noqa: E402
-from lineage.rwkv5 import wkv5                                          # noqa: E402
-from rwkv6 import wkv6                                                  # noqa: E402
+from lineage.rwkv2 import wkv2, wkv2_loop                              # noqa: E402
+from lineage.rwkv3 import wkv3, wkv3_loop                              # noqa: E402
+from lineage.rwkv4 import wkv4, wkv4_loop                              # noqa: E402
+from lineage.rwkv5 import wkv5, wkv5_loop                              # noqa: E402
+from rwkv6 import wkv6, wkv6_loop                                       # noqa: E402
 from train import model_parts                                           # noqa: E402
 
 KINDS = ("gpt", "rwkv2", "rwkv3", "rwkv4", "rwkv5", "rwkv6")
 
 
 # --- the operators ---
-
-def means(k, v, w, u, S, eps):
-    """wkv2 and wkv3, one token after the other."""
-    (p, q), y, decay, bonus = S.unbind(1), [], w.exp(), u.exp()
-    for t in range(k.shape[1]):
-        e = k[:, t].exp()
-        ev = e * v[:, t]
-        y.append((p + bonus * ev) / (q + bonus * e + eps))
-        p, q = decay * p + ev, decay * q + e
-    return torch.stack(y, 1), torch.stack([p, q], 1)
-
-
-def exact_means(k, v, w, u, S):
-    """wkv4, one token after the other, as its kernel has it."""
-    (p, q, o), y = S.unbind(1), []
-    for t in range(k.shape[1]):
-        kt, vt = k[:, t], v[:, t]
-        m = torch.maximum(o, u + kt)
-        past, now = (o - m).exp(), (u + kt - m).exp()
-        y.append((past * p + now * vt) / (past * q + now))
-        m = torch.maximum(o + w, kt)
-        past, now = (o + w - m).exp(), (kt - m).exp()
-        p, q, o = past * p + now * vt, past * q + now, m
-    return torch.stack(y, 1), torch.stack([p, q, o], 1)
-
-
-def matrices(r, k, v, w, u, S):
-    """wkv5 (w: one decay for all tokens) and wkv6 (one for each), one token after the other."""
-    y, decay = [], w.exp()
-    for t in range(r.shape[2]):
-        new = k[:, :, t, :, None] @ v[:, :, t, None]                    # (B, H, D, D)
-        y.append(r[:, :, t, None] @ (S + u[:, :, None] * new))
-        S = (decay[:, :, t] if decay.dim() == 4 else decay)[..., None] * S + new
-    return torch.cat(y, 2), S
-
 
 def operands(operator, T, C, D=64):
     """Random arguments of an operator, for one sequence."""
@@ -96,7 +61,8 @@ def race(T, C, repeats):
     """Print tokens per second of each operator and of its loop: medians of alternate runs."""
     print(f"\none sequence of {T} tokens, {C} channels, float32: tokens/s, loop -> parallel\n")
     print("| operator | forward | | | with gradients | | |\n|---|---|---|---|---|---|---|")
-    for operator, loop in ((wkv2, means), (wkv3, means), (wkv4, exact_means), (wkv5, matrices), (wkv6, matrices)):
+    for operator, loop in ((wkv2, wkv2_loop), (wkv3, wkv3_loop), (wkv4, wkv4_loop), (wkv5, wkv5_loop),
+                           (wkv6, wkv6_loop)):
         arguments, cells = operands(operator, T, C), []
         for backward in (False, True):
             took = {loop: [], operator: []}

@@ -1,30 +1,30 @@
-"""RWKV-3 in one file: build it, train it, load the published weights, generate.
+"""RWKV-3 in one file: RWKV-2 in which each matrix has a blend of its own, and with norms inside.
+
+RWKV-2 had one blend of this token and the one before for key, value and receptance: now a key can
+look at both while the gate looks at this one. And the residual stream itself is no longer normed,
+only what is read from it, so that gradients pass through many layers unchanged, as in GPT-2; the
+embedding is normed once, by ln0.
 
 The whole forward pass. Each block reads the residual stream x (T, C) and adds to it twice:
 
     x = ln0(emb[token])
     L times:
-        x = x + time_mix(ln1(x))
-        x = x + channel_mix(ln2(x))
+        x = x + time_mix(ln1(x))                        where tokens read the past
+        x = x + channel_mix(ln2(x))                     in place of the MLP
     logits = ln_out(x) W_head
 
-    time_mix(x), with x' the vector of the token before:
-        k = (mix_k x + (1 - mix_k) x') W_k;  v, r likewise, each with a mix of its own
-        k = min(k, 60)                                  60: e^k must not overflow
+    time_mix(x), with x' the vector of the token before (at first 0):
+        x_k = mix_k x + (1 - mix_k) x'                  mix_k = time_mix_k; likewise x_v, x_r
+        k, v, r = min(x_k W_key, 60), x_v W_value, x_r W_receptance
         y_t = (Σ_{s<t} e^(k_s + (t-1-s) w) v_s + e^(k_t + u) v_t) / (the same without v, + ε)
-        return (σ(r) y) W_o                             w = -e^time_decay, u: one per channel
-    channel_mix(x), k and r as above:
-        return σ(r) (relu(k)² W_v)
+        return (σ(r) y) W_output                        w = -e^time_decay, u = time_first: (C,)
+    channel_mix(x), with x_k and x_r as above:
+        return σ(x_r W_receptance) (relu(x_k W_key)² W_value)
 
-So y_t is, in each channel, a weighted mean of the values so far: token s weighs e^(k_s), times e^w
-for each step since; the current token has the bonus u. All there is to remember are x' and two
-sums: trained in parallel like a Transformer, it runs as an RNN, and a token costs the same after
-ten tokens as after a million. What changed from RWKV-2, and why:
-
-* each matrix reads its own blend of this token and the one before, where RWKV-2 had one blend for
-  all of them: a key can look at both tokens while the gate looks at this one;
-* the residual stream is no longer normed itself, only what is read from it, so that gradients pass
-  through many layers unchanged; the embedding is normed once, by ln0.
+W_... are matrices, the rest vectors, multiplied channel by channel. So y_t is a weighted mean of
+the values so far, in each channel: token s weighs e^(k_s), times e^w for each step since; the
+current one has the bonus u. Beyond 60, e^k could overflow; ε prevents 0 / 0. All there is to
+remember are x' and two sums: trained in parallel, the model runs as an RNN.
 
 headQK, an option that no published model has, helps to copy names: with h = ln_out(x), it adds
 head_q(h_t) · head_k(h_s) / D to the logit of token s at position t, for every s <= t.
@@ -72,19 +72,15 @@ class RWKV3Config:
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    context = None                           # the longest sequence, in tokens: there is no limit
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if name in ("vocab_size", "n_embd", "n_layer", "dim_ffn", "ctx_len") and value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1")
+        for name in ("vocab_size", "n_embd", "n_layer", "dim_ffn", "ctx_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.head_qk < 0 or not 0 < self.k_clamp <= 80 or not 0 < self.k_eps <= 1:
             raise ValueError(f"head_qk {self.head_qk} must not be negative, k_clamp {self.k_clamp} "
                              f"in (0, 80] (fp32 ends at e^88), k_eps {self.k_eps} in (0, 1]")
-
-    @property
-    def context(self) -> None:
-        """The longest sequence that the model can process, in tokens: there is no limit."""
-        return None
 
     @classmethod
     def sized(cls, layers: int, width: int, vocab_size: int, context: int) -> "RWKV3Config":
@@ -92,19 +88,18 @@ class RWKV3Config:
         return cls(vocab_size, width, layers, dim_ffn=4 * width)
 
 
-END = dict(eos_token_id=0)                   # in the Pile's vocabulary
-SIZES = {
-    "169m": RWKV3Config(**END),                                                 # 169,342,464
-    "430m": RWKV3Config(50277, 1024, 24, 4096, **END),                          # 430,397,440
-    "1.5b": RWKV3Config(50277, 2048, 24, 8192, **END),                          # 1,515,106,304
+SIZES = {                                    # 0 ends a text in the Pile's vocabulary
+    "169m": RWKV3Config(eos_token_id=0),                                        # 169,342,464
+    "430m": RWKV3Config(50277, 1024, 24, 4096, eos_token_id=0),                 # 430,397,440
+    "1.5b": RWKV3Config(50277, 2048, 24, 8192, eos_token_id=0),                 # 1,515,106,304
 }
 
 
 def previous(x: Tensor, last: Tensor | None) -> Tensor:
     """(B, T, C) -> (B, T, C): at each position the vector of the token before ("token shift").
 
-    The first position reads `last` (B, C), which is overwritten with the last of x, or zeros.
-    Earlier tokens are constants: gradients flow only into x.
+    Before the first comes `last` (B, C), or 0 if it is None; the last of x overwrites it. Earlier
+    tokens are constants: gradients flow only into x.
     """
     if last is None:
         return F.pad(x, (0, 0, 1, -1))
@@ -176,17 +171,16 @@ class TimeMix(nn.Module):
         self.output = nn.Linear(C, C, bias=False)
 
     def forward(self, x, last, S):
-        gap = previous(x, last) - x                                     # (B, T, C)
+        gap = previous(x, last) - x                         # x_k = x + (1 - mix_k) gap: (B, T, C)
         r = torch.sigmoid(self.receptance(x + gap * (1 - self.time_mix_r)))
         k = self.key(x + gap * (1 - self.time_mix_k)).clamp(max=self.clamp)
         v = self.value(x + gap * (1 - self.time_mix_v))
-        w = -torch.exp(self.time_decay[:, 0].float())           # bf16 cannot tell 0.999 from 1
+        w = -torch.exp(self.time_decay[:, 0].float())       # to bf16, a decay of 0.999 is 1
         u = self.time_first[:, 0]
-        if S is None:
-            y, _ = wkv3(k, v, w, u, k.new_zeros(len(k), 2, len(w)), self.eps)
-        else:                                # S is overwritten: autograd has to keep a copy
-            y, end = wkv3(k, v, w, u, S.clone() if torch.is_grad_enabled() else S, self.eps)
-            S.copy_(end.detach())
+        S0 = k.new_zeros(len(k), 2, len(w)) if S is None else S.clone()     # S is overwritten below
+        y, S1 = wkv3(k, v, w, u, S0, self.eps)
+        if S is not None:
+            S.copy_(S1.detach())
         return self.output(r * y.to(r.dtype))
 
 
@@ -203,7 +197,7 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(config.dim_ffn, C, bias=False)
 
     def forward(self, x, last):
-        gap = previous(x, last) - x                                     # (B, T, C)
+        gap = previous(x, last) - x                         # x_k = x + (1 - mix_k) gap: (B, T, C)
         k = F.relu(self.key(x + gap * (1 - self.time_mix_k))) ** 2      # (B, T, dim_ffn)
         return torch.sigmoid(self.receptance(x + gap * (1 - self.time_mix_r))) * self.value(k)
 
@@ -219,8 +213,7 @@ class Block(nn.Module):
         self.att = TimeMix(config)
         self.ffn = ChannelMix(config)
 
-    def forward(self, x, memory):
-        att_x, ffn_x, wkv = memory or (None, None, None)
+    def forward(self, x, att_x=None, ffn_x=None, wkv=None):
         x = self.ln0(x)
         x = x + self.att(self.ln1(x), att_x, wkv)
         return x + self.ffn(self.ln2(x), ffn_x)
@@ -304,8 +297,8 @@ class RWKV3(nn.Module):
                 raise ValueError(f"{end} tokens do not fit: the state holds {state.capacity}")
         x = self.emb(tokens)                                            # (B, T, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, None if state is None else
-                      (state.att_x[:, i], state.ffn_x[:, i], state.wkv[:, i]))
+            past = () if state is None else (state.att_x[:, i], state.ffn_x[:, i], state.wkv[:, i])
+            x = block(x, *past)
         x = self.ln_out(x)
         if copying:
             k = self.head_k(x).detach().to(state.head_k.dtype)          # (B, T, D)
@@ -383,29 +376,34 @@ class RWKV3(nn.Module):
         drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
         c, context = self.config, self.config.context or math.inf
+        stop = c.eos_token_id if stop is None else stop
+        stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
+        for tokens in (*prompts, stop):
+            if not isinstance(tokens, (list, tuple, set)) or not {*map(type, tokens)} <= {int}:
+                raise ValueError("expected prompts as a list of lists of ints, stop as an int or a "
+                                 f"list of ints, found {tokens!r:.10}")
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
         low, high = min(map(min, prompts)), max(map(max, prompts))
         if low < 0 or high >= c.vocab_size:
             raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
                              f"{c.vocab_size - 1}: is this the model's own tokenizer?")
-        if (max_new_tokens < 0 or not temperature >= 0 or (top_k is not None and top_k < 1)
-                or (top_p is not None and not 0 <= top_p <= 1)):
+        if not (max_new_tokens >= 0 and temperature >= 0 and (top_k is None or top_k >= 1)
+                and (top_p is None or 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        needed = past + max(len(p) + max(limit - 1, 0) for p, limit in zip(prompts, limits))
+        longest = past + max(map(len, prompts))
+        needed = max(longest, min(longest + max_new_tokens, context) - 1)   # the last is not fed
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
             raise ValueError(f"{len(prompts)} prompts and a state of {len(state.position)} rows: "
                              "continuing a state takes one of each")
-        if needed > min(context, state.capacity):
+        if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        stop = c.eos_token_id if stop is None else stop
-        stop = [stop] if stop is None or isinstance(stop, int) else stop
+        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -424,9 +422,8 @@ class RWKV3(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # ended rows are fed again, into their last slot
-                    ended = [row not in active for row in order]
-                    state.position.sub_(state.position.new_tensor(ended))
+                if active:                   # rows that ended are fed too, into slots that exist
+                    state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
             for module, mode in modes.items():
@@ -454,12 +451,13 @@ class RWKV3(nn.Module):
                         dtype: torch.dtype | None = None, **overrides) -> "RWKV3":
         """Read an official .pth, or the one in a folder; only one copy in memory.
 
-        dtype None keeps the stored one. overrides: config fields that the file does not state.
+        dtype None: that of its matrices. overrides: config fields that the file does not state.
         A damaged file, or one of another model, raises what torch raises.
         """
         config, tensors = read_pth(Path(path))
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(replace(config, **overrides))
+        dtype = dtype or tensors["blocks.0.att.key.weight"].dtype
         weights = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
         for name, p in model.named_parameters():                        # some lack axes of length 1
             if name in weights and weights[name].squeeze().shape == p.squeeze().shape:
@@ -470,11 +468,14 @@ class RWKV3(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write model.pth in the official layout and config.json, each as a whole."""
         weights, stated = Path(directory, "model.pth"), Path(directory, "config.json")
+        others = [file.name for file in weights.parent.glob("*.pth") if file != weights]
+        if others:                           # one of several: which, a reader could not tell
+            raise ValueError(f"{directory} holds {', '.join(others)}: save into another folder")
         weights.parent.mkdir(parents=True, exist_ok=True)
         config = {"architectures": ["RWKV3"], "model_type": "rwkv3", "tie_word_embeddings": False,
                   "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
                   **asdict(self.config)}
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        tensors = dict(self.state_dict())
         if self.config.head_qk:              # the official code saves its mask of positions too
             tensors["copy_mask"] = self.emb.weight.new_ones(2 * [self.config.ctx_len]).tril()
         torch.save(tensors, f"{weights}.part")
@@ -490,15 +491,18 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     Ties with the k-th largest stay. top-p keeps the most likely tokens up to and including the one
     that crosses p, as Meta's code does. What is left need not sum to 1.
     """
-    logits = logits / temperature
+    logits = logits / max(temperature, 1e-20)           # below that: greedy, without overflow
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[:, -1:]                         # (B, 1)
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        falling, order = probs.sort(dim=-1, descending=True, stable=True)
-        beyond = falling.cumsum(-1) - falling > top_p                   # the mass before it is > p
-        probs = probs.scatter(-1, order, falling.masked_fill(beyond, 0.0))
+        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        for row in probs:                                               # (V,), few of them not 0
+            likely = row.nonzero()[:, 0]
+            falling, order = row[likely].sort(descending=True, stable=True)
+            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
     return probs
 
 
@@ -524,17 +528,16 @@ def read_pth(path: Path) -> tuple[RWKV3Config, dict[str, Tensor]]:
         raise ValueError(f"{path} holds {[file.name for file in files]}: pass the path of one .pth")
     tensors = torch.load(files[0], map_location="cpu", weights_only=True,
                          mmap=zipfile.is_zipfile(files[0]))             # no zip before torch 1.6
-    tensors = {name.removeprefix("_forward_module."): tensor                # DeepSpeed's prefix
+    tensors = {name.removeprefix("_forward_module."): tensor            # DeepSpeed's prefix
                for name, tensor in tensors.items()}
     beside = files[0].with_name("config.json")
     stated = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-    if stated.get("model_type", "rwkv3") != "rwkv3":
-        raise ValueError(f"{path} has model_type {stated['model_type']!r}, not 'rwkv3'")
     V, C = tensors["emb.weight"].shape
     if tensors["blocks.0.att.time_decay"].shape != (C, 1):              # (C,) in RWKV-4, else alike
         raise ValueError(f"{path} is not an RWKV-3: its time_decay is not (C, 1)")
-    sizes = dict(vocab_size=V, n_embd=C, dim_ffn=len(tensors["blocks.0.ffn.key.weight"]),
-                 n_layer=len({name.split(".")[1] for name in tensors if name[:7] == "blocks."}))
+    layers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    sizes = dict(vocab_size=V, n_embd=C, n_layer=len(layers),
+                 dim_ffn=len(tensors["blocks.0.ffn.key.weight"]))
     if "head_q.weight" in tensors:
         sizes.update(head_qk=len(tensors["head_q.weight"]))
         if "copy_mask" in tensors:

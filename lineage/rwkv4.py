@@ -1,33 +1,33 @@
-"""RWKV-4 in one file: build it, train it, load the published weights, generate.
+"""RWKV-4 in one file: RWKV-3 whose weighted mean is exact for every key.
+
+RWKV-3 cut keys off at 60, since e^k overflows, and added a small ε to the denominator, which pulls
+y to 0 where every k is low. RWKV-4 has neither: it keeps both sums divided by e^o, o the largest
+exponent in them so far, a third vector to remember. Besides, training pulls the largest logit of
+each position towards 0 ("L2Wrap"), so that logits do not drift out of the range of fp16, and decay
+and bonus learn two and three times as fast as the rest. Models of 0.2 to 14 billion parameters
+were trained.
 
 The whole forward pass. Each block reads the residual stream x (T, C) and adds to it twice:
 
     x = ln0(emb[token])
     L times:
-        x = x + time_mix(ln1(x))
-        x = x + channel_mix(ln2(x))
+        x = x + time_mix(ln1(x))                        where tokens read the past
+        x = x + channel_mix(ln2(x))                     in place of the MLP
     logits = ln_out(x) W_head
 
-    time_mix(x), with x' the vector of the token before:
-        k = (mix_k x + (1 - mix_k) x') W_k;  v, r likewise, each with a mix of its own
+    time_mix(x), with x' the vector of the token before (at first 0):
+        x_k = mix_k x + (1 - mix_k) x'                  mix_k = time_mix_k; likewise x_v, x_r
+        k, v, r = x_k W_key, x_v W_value, x_r W_receptance
         y_t = (Σ_{s<t} e^(k_s + (t-1-s) w) v_s + e^(k_t + u) v_t) / (the same without v)
-        return (σ(r) y) W_o                             w = -e^time_decay, u: one per channel
-    channel_mix(x), k and r as above:
-        return σ(r) (relu(k)² W_v)
+        return (σ(r) y) W_output                        w = -e^time_decay, u = time_first: (C,)
+    channel_mix(x), with x_k and x_r as above:
+        return σ(x_r W_receptance) (relu(x_k W_key)² W_value)
 
-So y_t is, in each channel, a weighted mean of the values so far: token s weighs e^(k_s), times e^w
-for each step since; the current token has the bonus u. All there is to remember are two sums:
-trained in parallel like a Transformer, it runs as an RNN, and a token costs the same after ten
-tokens as after a million. What changed from RWKV-3, and why:
-
-* the mean is exact for every k. RWKV-3 cut k off at 60, since e^k overflows, and added a small
-  number to the denominator against 0 / 0, which pulled y to 0 where every k is low. Here both sums
-  are kept divided by e^o, o the largest exponent in them so far;
-* so the state has a third vector, o, and the weights fit into fp16 or bf16: models of up to 14
-  billion parameters were trained;
-* training pulls the largest logit of each position towards 0 ("L2Wrap"), so that logits do not
-  drift out of the range of such dtypes;
-* decay and bonus have larger learning rates (times two and three).
+W_... are matrices, the rest vectors, multiplied channel by channel. So y_t is a weighted mean of
+the values so far, in each channel: token s weighs e^(k_s), times e^w for each step since; the
+current one has the bonus u. All there is to remember are x' and the two sums with their o: trained
+in parallel like a Transformer, the model runs as an RNN, and a token costs the same after ten
+tokens as after a million.
 
     B batch   T time   C channels (n_embd)   L layers   V vocabulary
 
@@ -99,8 +99,8 @@ SIZES = {                                    # 0 ends a text in both vocabularie
 def previous(x: Tensor, last: Tensor | None) -> Tensor:
     """(B, T, C) -> (B, T, C): at each position the vector of the token before ("token shift").
 
-    The first position reads `last` (B, C), which is overwritten with the last of x, or zeros.
-    Earlier tokens are constants: gradients flow only into x.
+    Before the first comes `last` (B, C), or 0 if it is None; the last of x overwrites it. Earlier
+    tokens are constants: gradients flow only into x.
     """
     if last is None:
         return F.pad(x, (0, 0, 1, -1))
@@ -196,16 +196,15 @@ class TimeMix(nn.Module):
         return empty[:, None].expand(batch_size, 3, len(self.time_decay))
 
     def forward(self, x, last, S):
-        gap = previous(x, last) - x                                     # (B, T, C)
+        gap = previous(x, last) - x                         # x_k = x + (1 - mix_k) gap: (B, T, C)
         r = torch.sigmoid(self.receptance(x + gap * (1 - self.time_mix_r)))
         k = self.key(x + gap * (1 - self.time_mix_k))
         v = self.value(x + gap * (1 - self.time_mix_v))
-        w = -torch.exp(self.time_decay.float())                 # bf16 cannot tell 0.999 from 1
-        if S is None:
-            y, _ = wkv4(k, v, w, self.time_first, self.first_state(len(x)))
-        else:                                # S is overwritten: autograd has to keep a copy
-            y, end = wkv4(k, v, w, self.time_first, S.clone() if torch.is_grad_enabled() else S)
-            S.copy_(end.detach())
+        w = -torch.exp(self.time_decay.float())             # to bf16, a decay of 0.999 is 1
+        S0 = self.first_state(len(x)) if S is None else S.clone()       # S is overwritten below
+        y, S1 = wkv4(k, v, w, self.time_first, S0)
+        if S is not None:
+            S.copy_(S1.detach())
         return self.output(r * y.to(r.dtype))
 
 
@@ -222,7 +221,7 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(config.dim_ffn, C, bias=False)
 
     def forward(self, x, last):
-        gap = previous(x, last) - x                                     # (B, T, C)
+        gap = previous(x, last) - x                         # x_k = x + (1 - mix_k) gap: (B, T, C)
         k = F.relu(self.key(x + gap * (1 - self.time_mix_k))) ** 2      # (B, T, dim_ffn)
         return torch.sigmoid(self.receptance(x + gap * (1 - self.time_mix_r))) * self.value(k)
 
@@ -352,29 +351,34 @@ class RWKV4(nn.Module):
         drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
         c, context = self.config, self.config.context or math.inf
+        stop = c.eos_token_id if stop is None else stop
+        stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
+        for tokens in (*prompts, stop):
+            if not isinstance(tokens, (list, tuple, set)) or not {*map(type, tokens)} <= {int}:
+                raise ValueError("expected prompts as a list of lists of ints, stop as an int or a "
+                                 f"list of ints, found {tokens!r:.10}")
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
         low, high = min(map(min, prompts)), max(map(max, prompts))
         if low < 0 or high >= c.vocab_size:
             raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
                              f"{c.vocab_size - 1}: is this the model's own tokenizer?")
-        if (max_new_tokens < 0 or not temperature >= 0 or (top_k is not None and top_k < 1)
-                or (top_p is not None and not 0 <= top_p <= 1)):
+        if not (max_new_tokens >= 0 and temperature >= 0 and (top_k is None or top_k >= 1)
+                and (top_p is None or 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        needed = past + max(len(p) + max(limit - 1, 0) for p, limit in zip(prompts, limits))
+        longest = past + max(map(len, prompts))
+        needed = max(longest, min(longest + max_new_tokens, context) - 1)   # the last is not fed
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
             raise ValueError(f"{len(prompts)} prompts and a state of {len(state.position)} rows: "
                              "continuing a state takes one of each")
-        if needed > min(context, state.capacity):
+        if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        stop = c.eos_token_id if stop is None else stop
-        stop = [stop] if stop is None or isinstance(stop, int) else stop
+        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -393,9 +397,8 @@ class RWKV4(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # ended rows are fed again, into their last slot
-                    ended = [row not in active for row in order]
-                    state.position.sub_(state.position.new_tensor(ended))
+                if active:                   # rows that ended are fed too, into slots that exist
+                    state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
             for module, mode in modes.items():
@@ -423,12 +426,13 @@ class RWKV4(nn.Module):
                         dtype: torch.dtype | None = None, **overrides) -> "RWKV4":
         """Read an official .pth, or the one in a folder; only one copy in memory.
 
-        dtype None keeps the stored one. overrides: config fields that the file does not state.
+        dtype None: that of its matrices. overrides: config fields that the file does not state.
         A damaged file, or one of another model, raises what torch raises.
         """
         config, tensors = read_pth(Path(path))
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(replace(config, **overrides))
+        dtype = dtype or tensors["blocks.0.att.key.weight"].dtype
         weights = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
         for name, p in model.named_parameters():                        # some lack axes of length 1
             if name in weights and weights[name].squeeze().shape == p.squeeze().shape:
@@ -439,6 +443,9 @@ class RWKV4(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write model.pth in the official layout and config.json, each as a whole."""
         weights, stated = Path(directory, "model.pth"), Path(directory, "config.json")
+        others = [file.name for file in weights.parent.glob("*.pth") if file != weights]
+        if others:                           # one of several: which, a reader could not tell
+            raise ValueError(f"{directory} holds {', '.join(others)}: save into another folder")
         weights.parent.mkdir(parents=True, exist_ok=True)
         config = {"architectures": ["RWKV4"], "model_type": "rwkv4", "tie_word_embeddings": False,
                   "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
@@ -456,15 +463,18 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     Ties with the k-th largest stay. top-p keeps the most likely tokens up to and including the one
     that crosses p, as Meta's code does. What is left need not sum to 1.
     """
-    logits = logits / temperature
+    logits = logits / max(temperature, 1e-20)           # below that: greedy, without overflow
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[:, -1:]                         # (B, 1)
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        falling, order = probs.sort(dim=-1, descending=True, stable=True)
-        beyond = falling.cumsum(-1) - falling > top_p                   # the mass before it is > p
-        probs = probs.scatter(-1, order, falling.masked_fill(beyond, 0.0))
+        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        for row in probs:                                               # (V,), few of them not 0
+            likely = row.nonzero()[:, 0]
+            falling, order = row[likely].sort(descending=True, stable=True)
+            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
     return probs
 
 
@@ -490,12 +500,10 @@ def read_pth(path: Path) -> tuple[RWKV4Config, dict[str, Tensor]]:
         raise ValueError(f"{path} holds {[file.name for file in files]}: pass the path of one .pth")
     tensors = torch.load(files[0], map_location="cpu", weights_only=True,
                          mmap=zipfile.is_zipfile(files[0]))             # no zip before torch 1.6
-    tensors = {name.removeprefix("_forward_module."): tensor                # DeepSpeed's prefix
+    tensors = {name.removeprefix("_forward_module."): tensor            # DeepSpeed's prefix
                for name, tensor in tensors.items()}
     beside = files[0].with_name("config.json")
     stated = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-    if stated.get("model_type", "rwkv4") != "rwkv4":
-        raise ValueError(f"{path} has model_type {stated['model_type']!r}, not 'rwkv4'")
     V, C = tensors["emb.weight"].shape
     if tensors["blocks.0.att.time_decay"].shape == (C, 1):              # (C,) in RWKV-4
         raise ValueError(f"{path} is an RWKV-3: it has the same names, but time_decay is (C, 1)")

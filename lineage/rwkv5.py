@@ -1,35 +1,34 @@
-"""RWKV-5 in one file: build it, train it, load the published weights, generate.
+"""RWKV-5 in one file: RWKV-4 whose memory is a matrix per head, not two sums per channel.
+
+So a layer remembers C D numbers instead of 3 C, and what is read from them depends on the token: r,
+which was a gate, is now a query. Nothing is divided by a sum of weights: k needs no exponential and
+may be negative, there is no maximum to keep, and a norm of each head (ln_x) bounds y instead. The
+output has a new gate, silu(g), paid for by an MLP 3.5 times as wide as the residual stream, not 4.
+Three versions: 5.0 has no gate yet; 5.0 and 5.1 have one decay and bonus per head, 5.2 per channel.
 
 The whole forward pass. Each block reads the residual stream x (T, C) and adds to it twice:
 
     x = ln0(emb[token])
     L times:
-        x = x + time_mix(ln1(x))
-        x = x + channel_mix(ln2(x))
+        x = x + time_mix(ln1(x))                        where tokens read the past
+        x = x + channel_mix(ln2(x))                     in place of the MLP
     logits = ln_out(x) W_head
 
-    time_mix(x), with x' the vector of the token before:
-        k = (mix_k x + (1 - mix_k) x') W_k;  v, r, g likewise, each with a mix of its own
-        y_t = r_t (S + diag(u) k_tᵀ v_t)                per head of D channels; S: (D, D), from 0
-        S <- diag(e^w) S + k_tᵀ v_t                     w = -e^time_decay
-        return (ln_x(y) silu(g)) W_o                    ln_x: each head normed by itself
-    channel_mix(x), k and r as above:
-        return σ(r) (relu(k)² W_v)
+    time_mix(x), with x' the vector of the token before (at first 0):
+        x_k = mix_k x + (1 - mix_k) x'                  mix_k = time_mix_k; likewise x_v, x_r, x_g
+        r, k, v = x_r W_receptance, x_k W_key, x_v W_value
+        split into H heads of D channels; in each, from S = 0, a (D, D) matrix of keys by values:
+            y_t = r_t (S + diag(u) k_tᵀ v_t)            read; u = time_faaaa
+            S <- diag(e^w) S + k_tᵀ v_t                 remember; w = -e^time_decay
+        return (ln_x(y) silu(x_g W_gate)) W_output      ln_x: each head normed by itself
+    channel_mix(x), with x_k and x_r as above:
+        return σ(x_r W_receptance) (relu(x_k W_key)² W_value)
 
-So each head sums up its past in a matrix S of keys by values; r_t, its query, reads it. Each row of
-S, a channel of the key, fades at its own rate; the current token has the bonus u. Trained in
-parallel like a Transformer, it runs as an RNN. What changed from RWKV-4, and why:
-
-* a matrix per head instead of two sums per channel: a layer remembers C D numbers, not 3 C, and
-  what is read from them depends on the token;
-* y is not divided by a sum of weights: k needs no exponential and may be negative, there is no
-  maximum to keep, and the norm of each head (ln_x) bounds y instead;
-* r has no sigmoid: the output has a gate of its own, silu(g) (from 5.1 on);
-* the MLP is 3.5 times as wide as the residual stream, not four, to pay for that gate (from 5.1 on);
-* decay and bonus are one number per head (5.0, 5.1), then one per channel of the key (5.2).
+W_... are matrices, the rest vectors, written as rows and multiplied channel by channel. Each row
+of S, a channel of the key, fades at its own rate; the current token has the bonus u. Trained in
+parallel like a Transformer, the model runs as an RNN.
 
     B batch   T time   C channels (n_embd)   H heads   D head size   L layers   V vocabulary
-    n blocks of h tokens each, where a sequence is computed in parallel
 
 References: Peng et al. 2024, "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic
 Recurrence"; BlinkDL/RWKV-LM@524481d RWKV-v5/src/model.py (x052); BlinkDL/ChatRWKV@965e40b
@@ -58,7 +57,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHUNK = 64                                   # tokens that read each other by one matrix
+CHUNK = 64                                   # a sequence is computed in pieces of so many tokens
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class RWKV5Config:
     head_size: int = 64
     dim_ffn: int = 3584
     version: str = "5.2"                     # or "5.0", "5.1": see above
-    group_norm_eps: float = 64e-5            # 1e-5 * head_size_divisor ** 2, which is 8
+    group_norm_eps: float = 64e-5            # as the authors: y / 8 is normed with 1e-5
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -81,7 +80,7 @@ class RWKV5Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.n_embd % self.head_size:
-            raise ValueError(f"n_embd {self.n_embd} is no multiple of head_size {self.head_size}")
+            raise ValueError(f"head_size {self.head_size} does not divide n_embd {self.n_embd}")
         if not 0 <= self.group_norm_eps < 1:
             raise ValueError(f"group_norm_eps is {self.group_norm_eps}: it must be in [0, 1)")
         if self.version not in ("5.0", "5.1", "5.2"):
@@ -106,8 +105,8 @@ SIZES = {
 def previous(x: Tensor, last: Tensor | None) -> Tensor:
     """(B, T, C) -> (B, T, C): at each position the vector of the token before ("token shift").
 
-    The first position reads `last` (B, C), which is overwritten with the last of x, or zeros.
-    Earlier tokens are constants: gradients flow only into x.
+    Before the first comes `last` (B, C), or 0 if it is None; the last of x overwrites it. Earlier
+    tokens are constants: gradients flow only into x.
     """
     if last is None:
         return F.pad(x, (0, 0, 1, -1))
@@ -125,7 +124,7 @@ def wkv5_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
     """
     S, y = S0, []
     for t in range(r.shape[2]):
-        new = k[:, :, t, :, None] * v[:, :, t, None, :]                 # (B, H, D, D)
+        new = k[:, :, t, :, None] * v[:, :, t, None, :]                 # kᵀ v: (B, H, D, D)
         y.append(r[:, :, t, None, :] @ (S + u[..., None] * new))        # (B, H, 1, D)
         S = w.exp()[..., None] * S + new
     return torch.cat(y, 2), S
@@ -161,13 +160,14 @@ def wkv5_chunks(r, k, v, w, u, S):
         y0, S = wkv5_chunks(*(x[:, :, :T - T % size] for x in (r, k, v)), w, u, S)
         y1, S = wkv5_chunks(*(x[:, :, T - T % size:] for x in (r, k, v)), w, u, S)
         return torch.cat([y0, y1], 2), S
-    A = (r * u[:, None] * k).sum(-1)[..., None, None]                   # (B, H, n, h, h), h = 1
+    A = (r * u[:, None] * k).sum(-1)[..., None, None]       # (B, H, n, h, h), n blocks of h = 1
     r, k, w = r[..., None, :], k[..., None, :], w[:, None, None]        # (B, H, n, h, D)
     while A.shape[-1] < size:
         (A0, A1), (r0, r1), (k0, k1) = (
             (x[:, :, ::2], x[:, :, 1::2]) for x in (A, r, k))           # the earlier and the later
         decay = (A.shape[-1] * w).exp()                                 # of a block, (H, 1, 1, D)
-        A = torch.cat([F.pad(A0, (0, A.shape[-1])), torch.cat([r1 @ k0.mT, A1], -1)], -2)
+        later = torch.cat([r1 @ k0.mT, A1], -1)                         # (B, H, n / 2, h, 2 h)
+        A = torch.cat([F.pad(A0, (0, A.shape[-1])), later], -2)         # (B, H, n / 2, 2 h, 2 h)
         r, k = torch.cat([r0, decay * r1], -2), torch.cat([decay * k0, k1], -2)
     v = v.unflatten(2, (-1, size))                                      # (B, H, n, h, D)
     kept = (size * w[:, 0]).exp().mT                                    # of S, (H, D, 1), by chunk
@@ -212,20 +212,19 @@ class TimeMix(nn.Module):
         self.ln_x = HeadNorm(self.heads, C, config.group_norm_eps)
 
     def forward(self, x, last, S):
-        gap = previous(x, last) - x                                     # (B, T, C)
+        gap = previous(x, last) - x                         # x_k = x + (1 - mix_k) gap: (B, T, C)
         r = self.receptance(x + gap * (1 - self.time_mix_r))
         k = self.key(x + gap * (1 - self.time_mix_k))
         v = self.value(x + gap * (1 - self.time_mix_v))
-        w = -torch.exp(self.time_decay.float())                         # 0.999 is 1 in bf16
+        w = -torch.exp(self.time_decay.float())             # to bf16, a decay of 0.999 is 1
         u = self.time_first.float().exp() if self.version == "5.0" else self.time_faaaa
         r, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (r, k, v))
         w, u = w.view(self.heads, -1), u.view(self.heads, -1)           # (H, D), or (H, 1)
-        if S is None:
-            B, H, _, D = r.shape
-            y, _ = wkv5(r, k, v, w, u, r.new_zeros(B, H, D, D))
-        else:                                # S is overwritten: autograd has to keep a copy
-            y, end = wkv5(r, k, v, w, u, S.clone() if torch.is_grad_enabled() else S)
-            S.copy_(end.detach())
+        B, H, _, D = r.shape
+        S0 = r.new_zeros(B, H, D, D) if S is None else S.clone()        # S is overwritten below
+        y, S1 = wkv5(r, k, v, w, u, S0)
+        if S is not None:
+            S.copy_(S1.detach())
         y = self.ln_x(y).to(v.dtype)
         if self.version != "5.0":
             y = y * F.silu(self.gate(x + gap * (1 - self.time_mix_g)))
@@ -245,7 +244,7 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(config.dim_ffn, C, bias=False)
 
     def forward(self, x, last):
-        gap = previous(x, last) - x                                     # (B, T, C)
+        gap = previous(x, last) - x                         # x_k = x + (1 - mix_k) gap: (B, T, C)
         k = F.relu(self.key(x + gap * (1 - self.time_mix_k))) ** 2      # (B, T, dim_ffn)
         return torch.sigmoid(self.receptance(x + gap * (1 - self.time_mix_r))) * self.value(k)
 
@@ -384,29 +383,34 @@ class RWKV5(nn.Module):
         drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
         c, context = self.config, self.config.context or math.inf
+        stop = c.eos_token_id if stop is None else stop
+        stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
+        for tokens in (*prompts, stop):
+            if not isinstance(tokens, (list, tuple, set)) or not {*map(type, tokens)} <= {int}:
+                raise ValueError("expected prompts as a list of lists of ints, stop as an int or a "
+                                 f"list of ints, found {tokens!r:.10}")
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
         low, high = min(map(min, prompts)), max(map(max, prompts))
         if low < 0 or high >= c.vocab_size:
             raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
                              f"{c.vocab_size - 1}: is this the model's own tokenizer?")
-        if (max_new_tokens < 0 or not temperature >= 0 or (top_k is not None and top_k < 1)
-                or (top_p is not None and not 0 <= top_p <= 1)):
+        if not (max_new_tokens >= 0 and temperature >= 0 and (top_k is None or top_k >= 1)
+                and (top_p is None or 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        needed = past + max(len(p) + max(limit - 1, 0) for p, limit in zip(prompts, limits))
+        longest = past + max(map(len, prompts))
+        needed = max(longest, min(longest + max_new_tokens, context) - 1)   # the last is not fed
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
             raise ValueError(f"{len(prompts)} prompts and a state of {len(state.position)} rows: "
                              "continuing a state takes one of each")
-        if needed > min(context, state.capacity):
+        if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        stop = c.eos_token_id if stop is None else stop
-        stop = [stop] if stop is None or isinstance(stop, int) else stop
+        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -425,9 +429,8 @@ class RWKV5(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # ended rows are fed again, into their last slot
-                    ended = [row not in active for row in order]
-                    state.position.sub_(state.position.new_tensor(ended))
+                if active:                   # rows that ended are fed too, into slots that exist
+                    state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
             for module, mode in modes.items():
@@ -455,12 +458,13 @@ class RWKV5(nn.Module):
                         dtype: torch.dtype | None = None, **overrides) -> "RWKV5":
         """Read an official .pth, or the one in a folder; only one copy in memory.
 
-        dtype None keeps the stored one. overrides: config fields that the file does not state.
+        dtype None: that of its matrices. overrides: config fields that the file does not state.
         A damaged file, or one of another model, raises what torch raises.
         """
         config, tensors = read_pth(Path(path))
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(replace(config, **overrides))
+        dtype = dtype or tensors["blocks.0.att.key.weight"].dtype
         weights = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
         for name, p in model.named_parameters():                        # some lack axes of length 1
             if name in weights and weights[name].squeeze().shape == p.squeeze().shape:
@@ -471,6 +475,9 @@ class RWKV5(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write model.pth in the official layout and config.json, each as a whole."""
         weights, stated = Path(directory, "model.pth"), Path(directory, "config.json")
+        others = [file.name for file in weights.parent.glob("*.pth") if file != weights]
+        if others:                           # one of several: which, a reader could not tell
+            raise ValueError(f"{directory} holds {', '.join(others)}: save into another folder")
         weights.parent.mkdir(parents=True, exist_ok=True)
         config = {"architectures": ["RWKV5"], "model_type": "rwkv5", "tie_word_embeddings": False,
                   "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
@@ -488,15 +495,18 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     Ties with the k-th largest stay. top-p keeps the most likely tokens up to and including the one
     that crosses p, as Meta's code does. What is left need not sum to 1.
     """
-    logits = logits / temperature
+    logits = logits / max(temperature, 1e-20)           # below that: greedy, without overflow
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[:, -1:]                         # (B, 1)
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        falling, order = probs.sort(dim=-1, descending=True, stable=True)
-        beyond = falling.cumsum(-1) - falling > top_p                   # the mass before it is > p
-        probs = probs.scatter(-1, order, falling.masked_fill(beyond, 0.0))
+        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        for row in probs:                                               # (V,), few of them not 0
+            likely = row.nonzero()[:, 0]
+            falling, order = row[likely].sort(descending=True, stable=True)
+            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
     return probs
 
 
@@ -522,12 +532,10 @@ def read_pth(path: Path) -> tuple[RWKV5Config, dict[str, Tensor]]:
         raise ValueError(f"{path} holds {[file.name for file in files]}: pass the path of one .pth")
     tensors = torch.load(files[0], map_location="cpu", weights_only=True,
                          mmap=zipfile.is_zipfile(files[0]))             # no zip before torch 1.6
-    tensors = {name.removeprefix("_forward_module."): tensor                # DeepSpeed's prefix
+    tensors = {name.removeprefix("_forward_module."): tensor            # DeepSpeed's prefix
                for name, tensor in tensors.items()}
     beside = files[0].with_name("config.json")
     stated = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-    if stated.get("model_type", "rwkv5") != "rwkv5":
-        raise ValueError(f"{path} has model_type {stated['model_type']!r}, not 'rwkv5'")
     V, C = tensors["emb.weight"].shape
     decay = tensors["blocks.0.att.time_decay"]                          # (H, D) in 5.2, else (H,)
     gated = "blocks.0.att.gate.weight" in tensors

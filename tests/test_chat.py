@@ -1,5 +1,7 @@
 """chat.py: the memory of a conversation, commands, files of prompts, what a folder says."""
 import builtins
+import contextlib
+import gzip
 import itertools
 import json
 import os
@@ -14,6 +16,8 @@ from helpers import ROOT, assert_one_line_error, continuation, run
 from safetensors.torch import load_file, save_file
 
 import chat
+from checkpoints import load_checkpoint
+from folder import choose_format
 from glm4 import GLM4, GLM4Config
 from gpt import GPT, GPTConfig
 from llama3 import Llama3, Llama3Config
@@ -357,6 +361,38 @@ def test_thoughts_that_a_format_leaves_out_are_read_no_more(folders, monkeypatch
     check_memory(conversation)
 
 
+@pytest.mark.parametrize("drawn, stops, shown", [
+    (["Fine", "\n", "User", ": x"], ["\nUser:"], "Fine"), (["a", "b", "c", "d"], ["bc"], "a"),
+    (["a", "b", "c"], ["x", "c", "b"], "a"), (["a", "\n", "b"], ["\nc"], "a\nb"),
+    (["ab"], ["a"], ""), (["é", "!"], ["!"], "é"), (["a", "bcb"], ["bcd"], "abcb")])
+@pytest.mark.parametrize("kind", ["plain", "llama3", "rwkv6"])
+def test_a_stop_text_ends_an_answer_and_none_of_it_is_shown(kind, drawn, stops, shown, folders, monkeypatch):
+    conversation = start(folders[kind], "--max-new-tokens", 40, *(w for s in stops for w in ("--stop", s)))
+    encode, end = conversation.tokenizer.encode, min(conversation.stops)
+    script(monkeypatch, conversation, [id for part in drawn for id in encode(part)] + [end] * 9)
+    seen = []
+    assert conversation.answer("Hello", seen.append) is None
+    assert seen[-1] == shown and all(shown.startswith(s) or s == shown for s in seen)
+    assert conversation.messages[-1]["content"] == shown
+    check_memory(conversation)
+    monkeypatch.undo()
+    if conversation.format:                  # what was shown is what the model goes on from
+        plain = [{key: m[key] for key in ("role", "content")} for m in conversation.messages]
+        ours, theirs = (conversation.tokenizer.decode(conversation.render(m))
+                        for m in (conversation.messages, plain))
+        assert "".join(ours.split()) == "".join(theirs.split())
+        ask(conversation, "So?")
+        check_memory(conversation)
+
+
+def test_a_stop_text_on_one_command_line(folders):
+    flags = [folders["plain"], "--prompt", "Once", "--temperature", "0", "--max-new-tokens", 12, "--device", "cpu"]
+    whole = run("chat.py", *flags).stdout.removesuffix("\n")
+    middle = whole[8:10]
+    cut = run("chat.py", *flags, "--stop", middle, "--stop", "never said").stdout
+    assert cut == whole[:whole.index(middle, 4)] + "\n" and middle in whole
+
+
 # --- Ctrl-C ---
 
 
@@ -510,15 +546,15 @@ def test_the_folder_says_whether_its_model_converses(files, expected, why, folde
     (tmp_path / "tokenizer.json").write_bytes((folders["llama3"] / "tokenizer.json").read_bytes())
     for name, content in files.items():
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    chosen, reason = chat.choose_format(tmp_path, load_tokenizer(tmp_path), None)
+    chosen, reason = choose_format(tmp_path, load_tokenizer(tmp_path), None)
     assert chosen == expected and why in reason
-    assert chat.choose_format(tmp_path, load_tokenizer(tmp_path), "none")[0] is None
+    assert choose_format(tmp_path, load_tokenizer(tmp_path), "none")[0] is None
 
 
 def test_a_template_of_no_known_format_does_not_make_a_model_converse(tmp_path):
     Bytes().save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "x"}')
-    chosen, why = chat.choose_format(tmp_path, load_tokenizer(tmp_path), None)
+    chosen, why = choose_format(tmp_path, load_tokenizer(tmp_path), None)
     assert chosen is None and "no format known here" in why
 
 
@@ -538,6 +574,45 @@ def test_sampling_follows_the_model_until_told_otherwise(folders, tmp_path, caps
     assert start(tmp_path, "--top-p", 1, "--top-k", 5).sampling == {
         "temperature": 0.0, "top_k": 5, "top_p": 1.0}
     assert start(folders["plain"], greedy=False).sampling["temperature"] == 0.8
+
+
+def with_config(folders, tmp_path, content):
+    for file in folders["plain"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "generation_config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return tmp_path
+
+
+def test_do_sample_false_is_greedy_until_a_temperature_is_given(folders, tmp_path, capsys):
+    folder = with_config(folders, tmp_path, {"do_sample": False, "temperature": 0.6, "top_p": 7})
+    assert start(folder, greedy=False).sampling == {"temperature": 0.0, "top_k": None, "top_p": None}
+    assert "temperature 0.0 (do_sample is false in generation_config.json)" in capsys.readouterr().err
+    (folder / "generation_config.json").write_text('{"do_sample": false, "top_k": 20}')
+    assert start(folder, "--temperature", 1, greedy=False).sampling == {
+        "temperature": 1.0, "top_k": 20, "top_p": None}
+
+
+@pytest.mark.parametrize("stated, words, flag", [
+    ({"temperature": -1}, "temperature is -1, it must be 0", "--temperature"),
+    ({"temperature": "warm"}, "temperature is 'warm'", "--temperature"),
+    ('{"temperature": NaN}', "temperature is nan", "--temperature"),
+    ('{"temperature": Infinity}', "temperature is inf", "--temperature"),
+    ({"temperature": True}, "temperature is True", "--temperature"),
+    ({"top_p": 7}, "top_p is 7, it must be 0 to 1", "--top-p"), ({"top_p": -0.1}, "top_p is -0.1", "--top-p"),
+    ({"top_p": [0.9]}, "top_p is [0.9]", "--top-p"), ({"top_k": "x"}, "top_k is 'x', it must be a whole", "--top-k"),
+    ({"top_k": 2.5}, "top_k is 2.5", "--top-k"), ({"top_k": -3}, "top_k is -3", "--top-k"),
+    ({"do_sample": "false"}, "do_sample is 'false': true or false", None), ("[1]", "holds no JSON object", None)])
+def test_impossible_values_in_generation_config_are_refused_by_file_field_and_value(
+        stated, words, flag, folders, tmp_path, capsys):
+    folder = with_config(folders, tmp_path, stated)
+    assert_fails(capsys, [folder, "--prompt", "a"], str(folder / "generation_config.json"), words)
+    if flag:                                 # which decides instead
+        start(folder, flag, 1, greedy=False)
+
+
+def test_null_and_zero_in_generation_config_mean_that_nothing_is_left_out(folders, tmp_path):
+    folder = with_config(folders, tmp_path, {"temperature": None, "top_p": None, "top_k": 0, "do_sample": True})
+    assert start(folder, greedy=False).sampling == {"temperature": 0.8, "top_k": None, "top_p": None}
 
 
 # --- typing ---
@@ -579,6 +654,31 @@ def test_messages_of_several_lines(folders, monkeypatch, capsys):
     session(monkeypatch, capsys, folders["llama3"], [
         "one\\", "two\\", "three", '"""', "/not a command", "", 'end """', '"""short"""', " /path"])
     assert heard == ["one\ntwo\nthree", "/not a command\n\nend ", "short", " /path"]
+
+
+@pytest.mark.parametrize("lines, heard", [
+    (['"""', "one", "", "two"], ["one\n\ntwo"]), (['"""one'], ["one"]), (["one\\"], ["one"]),
+    (["one\\", "two\\"], ["one\ntwo"]), (['"""'], []), (['"""', ""], []), (["a", '"""b', 'c"""  '], ["a", "b\nc"])])
+def test_what_the_end_of_the_input_leaves_open_is_sent(lines, heard, folders, monkeypatch, capsys):
+    got = []
+    monkeypatch.setattr(chat, "turn", lambda conversation, message: got.append(message))
+    session(monkeypatch, capsys, folders["llama3"], lines)
+    assert got == heard
+
+
+@pytest.mark.parametrize("environment", [{}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}])
+def test_invalid_bytes_do_not_end_a_conversation(environment, folders):
+    result = subprocess.run(
+        [sys.executable, "chat.py", folders["plain"], "--temperature", "0", "--device", "cpu",
+         "--max-new-tokens", "3"], check=False, input=b"Hello\n\xff\xfe \xc3\nAnd you?\n" * 2,
+        capture_output=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=120)
+    direct = start(folders["plain"], "--max-new-tokens", 3)
+    assert result.returncode == 0 and b"Traceback" not in result.stderr, result.stderr
+    ascii = "PYTHONIOENCODING" in environment
+    hello, you = (ask(direct, text).encode("ascii" if ascii else "utf-8", "replace")
+                  for text in ("Hello", "And you?"))
+    assert result.stdout.startswith(hello) and result.stdout.count(you) >= 2
+    assert result.stdout.count(b"\n") == 6 and result.stderr.count(b"[cut at") == 6
 
 
 def test_completing_text_goes_on_at_an_empty_line_and_begins_anew_at_another(
@@ -689,7 +789,8 @@ def test_lone_surrogates_in_a_file_become_replacement_characters(folders, tmp_pa
     ('{"messages": [{"role": "king", "content": "a"}]}', "message 0 needs a role"),
     ('{"messages": [{"role": "user", "content": "a", "ids": [1]}]}', "message 0 needs"),
     ('{"messages": [{"role": "assistant", "content": "a"}]}', "ends with what is to be answered"),
-    (json.dumps({"prompt": "x" * 2000}), "tokens, the context is 400"), ("\xff", "utf-8")])
+    (json.dumps({"prompt": "x" * 2000}), "tokens, the context is 400"), ("\xff", "not JSON"),
+    ('{"prompt": "\xff"}', "it is not UTF-8")])
 def test_a_bad_line_is_named_before_anything_is_computed(
         line, words, folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Llama3, "generate", None)
@@ -700,7 +801,7 @@ def test_a_bad_line_is_named_before_anything_is_computed(
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_a_file_that_fails_half_way_leaves_nothing(folders, tmp_path, capsys, monkeypatch):
+def test_a_file_that_fails_before_its_first_answer_leaves_nothing(folders, tmp_path, capsys, monkeypatch):
     source = write_rows(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
     flags = [folders["plain"], "--input", source, "--output", tmp_path / "out", "--batch-size", 1]
 
@@ -714,17 +815,208 @@ def test_a_file_that_fails_half_way_leaves_nothing(folders, tmp_path, capsys, mo
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_a_file_that_appears_meanwhile_is_not_overwritten(folders, tmp_path, capsys, monkeypatch):
-    source, target = write_rows(tmp_path / "in.jsonl", [{"prompt": "a"}]), tmp_path / "out"
-    generate = GPT.generate
+@pytest.mark.parametrize("flags", [[], ["--temperature", 1.5, "--seed", 3]], ids=["greedy", "seed"])
+@pytest.mark.parametrize("kind", ["llama3", "rwkv6"])
+def test_a_stopped_file_goes_on_to_the_same_answers(kind, flags, folders, tmp_path, capsys, monkeypatch):
+    """After Ctrl-C, later at each try, and kills amid a line: what was answered is there, the rest is added."""
+    rows = [{"prompt": question * n, "response": "old"} for n, question in enumerate(QUESTIONS * 2, 1)]
+    source, target = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    flags = ["--device", "cpu", "--max-new-tokens", 12, "--batch-size", 2, *(flags or ["--temperature", 0])]
+    arguments = [str(word) for word in (folders[kind], "--input", source, *flags, "--output")]
+    chat.main([*arguments, str(tmp_path / "whole.jsonl")])
+    whole = (tmp_path / "whole.jsonl").read_text()
+    model_class = Llama3 if kind == "llama3" else RWKV6
+    generate, lengths = model_class.generate, []
 
-    def slowly(*arguments, **settings):
-        target.write_text("mine")
-        return generate(*arguments, **settings)
-    monkeypatch.setattr(GPT, "generate", slowly)
-    assert_fails(capsys, [folders["plain"], "--input", source, "--output", target,
-                          "--max-new-tokens", "3"], "exists by now")
-    assert target.read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+    def interrupted(self, prompts, new, *, on_token, **settings):
+        def hear(row, id):
+            nonlocal left
+            left -= 1
+            on_token(row, id)
+            if left == 0:
+                raise KeyboardInterrupt
+        return generate(self, prompts, new, on_token=hear, **settings)
+    monkeypatch.setattr(model_class, "generate", interrupted)
+    for start_at in itertools.count(1, 5):
+        left = start_at
+        with contextlib.suppress(SystemExit):
+            chat.main([*arguments, str(target)])
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        if not target.exists():
+            assert said == "chat.py: stopped; nothing was written"
+            continue
+        written = target.read_text()
+        lengths.append(written.count("\n"))
+        assert whole.startswith(written) and written.endswith("\n")
+        assert f"stopped; {lengths[-1]} of 6 are answered in {target}, and the same command goes on" in said
+        target.write_text(written + whole[len(written):][:20])          # a kill amid a line
+        if lengths[-1] > 1:
+            break
+    assert lengths == sorted(lengths) and lengths[-1] < 6
+    monkeypatch.undo()
+    chat.main([*arguments, str(target)])
+    assert f"{lengths[-1]} of 6 are answered in" in capsys.readouterr().err
+    assert target.read_text() == whole and [json.loads(line)["prompt"] for line in whole.splitlines()] == [
+        row["prompt"] for row in rows]
+    assert_fails(capsys, [*arguments, target], "has every answer already")
+
+
+def test_each_answer_is_written_before_the_next_batch_begins(folders, tmp_path, monkeypatch):
+    source, seen = write_rows(tmp_path / "in.jsonl", [{"prompt": c} for c in "abcde"]), []
+    generate, target = GPT.generate, tmp_path / "out.jsonl"
+
+    def watched(self, prompts, *arguments, **settings):
+        seen.append(target.read_text().count("\n"))
+        return generate(self, prompts, *arguments, **settings)
+    monkeypatch.setattr(GPT, "generate", watched)
+    answer_file(folders["plain"], source, target, "--batch-size", 2)
+    assert seen == [0, 2, 4]
+
+
+def test_a_row_is_written_when_it_ends_though_its_batch_goes_on(folders, tmp_path, monkeypatch):
+    source, seen = write_rows(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "b"}]), []
+    target, step = tmp_path / "out.jsonl", itertools.count()
+
+    def sample(logits, *rest):
+        seen.append(target.read_text().count("\n"))
+        return torch.tensor([256 if next(step) >= 2 else 65, 66])
+    monkeypatch.setattr(sys.modules["gpt"], "sample", sample)
+    rows = answer_file(folders["plain"], source, target, "--max-new-tokens", 6)
+    assert [row["response"] for row in rows] == ["AA", "BBBBBB"] and seen == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("content", ["mine", "mine\n", '{"prompt": "b", "response": "x"}\n', '{"prompt": "a"}\n',
+                                     '{"prompt": "a", "response": "x"}\n\n', "\n", '{"prompt": "b", "resp'])
+def test_an_output_that_is_not_of_these_rows_is_refused_and_stays(content, folders, tmp_path, capsys):
+    source, target = write_rows(tmp_path / "in.jsonl", [{"prompt": "a"}]), tmp_path / "out"
+    target.write_text(content)
+    assert_fails(capsys, [folders["plain"], "--input", source, "--output", target],
+                 f"{target} exists: choose another name, for its line ", f"of {source}")
+    assert target.read_text() == content and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_stop_text_cuts_the_answers_of_a_file_and_ends_them_early(folders, tmp_path, monkeypatch):
+    source, step = write_rows(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "b"}]), itertools.count()
+    words = [b"one##two", b"123456##"]
+    monkeypatch.setattr(sys.modules["gpt"], "sample", lambda logits, *rest: torch.tensor(
+        [word[n % 8] for n in [next(step)] for word in words]))
+    rows = answer_file(folders["plain"], source, tmp_path / "out", "--stop", "##", "--max-new-tokens", 100)
+    assert [row["response"] for row in rows] == ["one", "123456"] and next(step) == 8
+
+
+@pytest.mark.parametrize("name, content", [
+    ("in.json", b'[{"prompt": "Once"},\n {"prompt": "a"}]'), ("in.ndjson", b'\xef\xbb\xbf{"prompt": "Once"}\r\n{"prompt": "a"}'),
+    ("in.jsonl.gz", gzip.compress(b'{"prompt": "Once"}\n{"prompt": "a"}\n'))])
+def test_prompts_are_read_from_what_finetune_reads(name, content, folders, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    expected = write_rows(tmp_path / "plain.jsonl", [{"prompt": "Once"}, {"prompt": "a"}])
+    assert answer_file(folders["plain"], tmp_path / name, tmp_path / "x") == answer_file(
+        folders["plain"], expected, tmp_path / "y")
+
+
+# --- --inspect ---
+
+
+def inspect(capsys, *arguments):
+    """(stdout, exit status) of --inspect."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        chat.main([*map(str, arguments), "--inspect", "--device", "cpu"])
+    return capsys.readouterr().out, ended.value.code
+
+
+@pytest.mark.parametrize("name, model, why, weights", [
+    ("gpt2", "GPT of gpt.py", "model_type 'gpt2'", "in 1 file: model.safetensors"),
+    ("gpt2/bin", "GPT of gpt.py", "model_type 'gpt2'", "pytorch_model.bin"),
+    ("gpt2/prefixed", "GPT of gpt.py", "model_type 'gpt2'", "model.safetensors"),
+    ("gpt2/nanogpt/ckpt.pt", "GPT of gpt.py", "a .pt is nanoGPT's", "ckpt.pt"),
+    ("gpt2/nanogpt/ckpt_nobias_compiled.pt", "GPT of gpt.py", "a .pt is nanoGPT's", "ckpt_nobias_compiled.pt"),
+    ("llama3_hf", "Llama3 of llama3.py", "model_type 'llama'", "model.safetensors"),
+    ("llama31_hf", "Llama3 of llama3.py", "model_type 'llama'", "model.safetensors"),
+    ("llama32_hf", "Llama3 of llama3.py", "model_type 'llama'", "model.safetensors"),
+    ("llama3_meta", "Llama3 of llama3.py", "are Meta's layout", "consolidated.00.pth"),
+    ("llama31_meta", "Llama3 of llama3.py", "are Meta's layout", "consolidated.00.pth"),
+    ("chatglm3", "GLM4 of glm4.py", "model_type 'chatglm'", "model.safetensors"),
+    ("glm4", "GLM4 of glm4.py", "model_type 'chatglm'", "model.safetensors"),
+    ("glm4_0414", "GLM4 of glm4.py", "model_type 'glm4'", "in 2 files: model-00001-of-00002.safetensors, model-00002"),
+    ("rwkv2", "RWKV2 of lineage/rwkv2.py", "so its tensors are named", "weights.pth"),
+    ("rwkv3", "RWKV3 of lineage/rwkv3.py", "so its tensors are named", "weights.pth"),
+    ("rwkv4", "RWKV4 of lineage/rwkv4.py", "so its tensors are named", "weights.pth"),
+    ("rwkv5/weights.pth", "RWKV5 of lineage/rwkv5.py", "so its tensors are named", "weights.pth"),
+    ("rwkv6", "RWKV6 of rwkv6.py", "so its tensors are named", "weights.pth")])
+def test_inspect_says_what_loading_would_give(name, model, why, weights, golden, capsys):
+    told, status = inspect(capsys, golden / name, "--tokenizer", "bytes")
+    loaded = load_checkpoint(golden / name)
+    lines = dict(line.split(None, 1) for line in told.splitlines())
+    assert f"{model}: " in lines["model"] and why in lines["model"] and weights in lines["weights"]
+    assert lines["sizes"] == f"{sum(p.numel() for p in loaded.parameters()):,} parameters: {loaded.config}"
+    assert f"tensors, {str(next(loaded.parameters()).dtype).removeprefix('torch.')}" in lines["stored"]
+    state = sum(t.nbytes for t in loaded.new_state(1, loaded.config.context or 1)) / 1e6
+    assert f"{sum(p.nbytes for p in loaded.parameters()) / 1e6:.3f} MB for the weights, {state:,.3f} MB" in lines["memory"]
+    assert (status == 0) == (loaded.config.vocab_size >= 257) and len(told.splitlines()) <= 24
+
+
+def test_inspect_says_tokenizer_chat_format_stops_and_sampling(folders, capsys):
+    told, status = inspect(capsys, folders["glm4"])
+    tokenizer = load_tokenizer(folders["glm4"])
+    assert status == 0 and f"tokenizer  ByteBPE, {tokenizer.vocab_size:,} tokens: {folders['glm4']}" in told
+    assert "converses  in the format glm4: " in told and "sampling   temperature 0.8" in told
+    for id in tokenizer.stop_ids:
+        assert f"{id} {tokenizer.decode([id])!r}" in told.split("stops at")[1].splitlines()[0]
+
+
+def test_inspect_sees_whether_a_stored_head_is_the_token_table(tmp_path, capsys, golden):
+    base = golden / "llama3_meta"
+    content = torch.load(base / "consolidated.00.pth", weights_only=True)
+    (tmp_path / "params.json").write_text((base / "params.json").read_text())
+    content["output.weight"] = content["tok_embeddings.weight"].clone()
+    torch.save(content, tmp_path / "consolidated.00.pth")
+    told, _ = inspect(capsys, tmp_path, "--tokenizer", "bytes")
+    assert "tie_word_embeddings=True" in told and "tie_word_embeddings=False" in inspect(
+        capsys, base, "--tokenizer", "bytes")[0]
+
+
+def test_inspect_says_in_one_line_what_would_not_load_and_shows_the_rest(folders, tmp_path, capsys):
+    for file in folders["llama3"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, tmp_path / "model.safetensors")
+    told, status = inspect(capsys, tmp_path)
+    assert status == 2 and 'model      would not load: ' in told and '"model.norm.weight"' in told
+    assert "converses  in the format llama3" in told and "stops at" in told
+    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs")
+    assert "is a pointer to the weights" in inspect(capsys, tmp_path)[0]
+    told, status = inspect(capsys, folders["plain"], "--tokenizer", tmp_path)
+    assert status == 2 and "tokenizer  would not load: the model has 257 ids" in told and "sizes" in told
+    told, status = inspect(capsys, tmp_path / "model.safetensors", "--tokenizer", "nowhere")
+    assert status == 2 and "nowhere" in told
+
+
+def test_inspect_reads_no_weights(tmp_path, capsys):
+    """Sixteen gigabytes that are not on the disk: a file with holes behind a true header."""
+    resource = pytest.importorskip("resource")
+    config = Llama3Config(8192, 8192, 8, 64, 8, 128, 28672, 128256)
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in Llama3(config).state_dict().items()}
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        end = at + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
+        at = end
+    packed = json.dumps(header).encode()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(packed).to_bytes(8, "little") + packed)
+        file.truncate(8 + len(packed) + at)
+    make_config = {"model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 64,
+                   "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 28672, "vocab_size": 128256,
+                   "max_position_embeddings": 8192}
+    (tmp_path / "config.json").write_text(json.dumps(make_config))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told, status = inspect(capsys, tmp_path, "--tokenizer", "bytes")
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert status == 0 and f"weights    {at / 1e9:,.2f} GB in 1 file" in told
+    assert at > 15e9 and grown < 0.5e9
 
 
 # --- errors ---

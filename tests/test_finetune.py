@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 import checkpoints
 import finetune
+import lora
 import tokenizer as text
 import train
+from rows import code_reward
 
 MODELS = [name for name, (module, _) in train.MODELS.items()
           if (ROOT / f"{module.replace('.', '/')}.py").exists()]
@@ -163,7 +165,7 @@ def test_advantages_are_deviations_from_the_group():
 
 def test_the_reward_of_code_needs_two_statements_that_the_group_does_not_have():
     def earned(*completions):
-        return finetune.code_reward("def f(x):\n", list(completions), [True] * len(completions))
+        return code_reward("def f(x):\n", list(completions), [True] * len(completions))
     two = "    y = x + 1\n    return y\n\n\n"
     assert earned("", "#", "    pass", "    #", "    pass\n    pass\n", "    1\n    'a'\n    ...\n    x\n") == [0.0] * 6
     assert earned("    return x\n", two, "    return (\n", "    y = 1; y = 1\n") == [0, 1, 0, 0]
@@ -171,8 +173,8 @@ def test_the_reward_of_code_needs_two_statements_that_the_group_does_not_have():
     assert earned("    x = " + "a + " * 20000 + "a\n    return x\n") in ([0], [1])         # too deep for some Pythons
     assert earned(two, two, "    y = x + 1\n    return x\n", "    if x:\n        a()\n") == [1, 0, 0, 1]
     assert earned("    y = x + 1\n    return x\n", two) == [1, 0]       # `return y` alone is new
-    assert finetune.code_reward("def f(x):\n", [two], [False]) == [0]   # did not end by itself
-    assert finetune.code_reward("def f(x):\n", ["    x = " + "(" * 9000, "    \0"], [True, True]) == [0, 0]
+    assert code_reward("def f(x):\n", [two], [False]) == [0]   # did not end by itself
+    assert code_reward("def f(x):\n", ["    x = " + "(" * 9000, "    \0"], [True, True]) == [0, 0]
 
 
 # --- sequences ---
@@ -298,14 +300,14 @@ def test_a_csv_field_may_be_long(tmp_path):
 
 
 def test_every_label_is_held_out_in_the_same_part():
-    rows = [{"text": str(i), "label": label} for label, count in (("a", 60), ("b", 20)) for i in range(count)]
+    rows = [{"rows": [str(i)], "label": label} for label, count in (("a", 60), ("b", 20)) for i in range(count)]
     settings = finetune.Settings(task="classify", hold_out=0.2)
     learn, held = finetune.split(list(rows), settings)
     assert [sum(row["label"] == label for row in held) for label in "ab"] == [12, 4]
     assert len(learn) == 64 and not [row for row in learn if row in held]
     learn, held = finetune.split(list(rows), finetune.Settings(task="classify", hold_out=0.2, balance=True))
     assert [sum(row["label"] == label for row in learn + held) for label in "ab"] == [20, 20]
-    learn, held = finetune.split([*rows, {"text": "alone", "label": "c"}], settings)
+    learn, held = finetune.split([*rows, {"rows": ["alone"], "label": "c"}], settings)
     assert [row["label"] for row in learn].count("c") == 1 and "c" not in [row["label"] for row in held]
 
 
@@ -416,7 +418,7 @@ def adapted(name, rank=3, **more):
 
 
 def draw_adapters(model):
-    for module in finetune.adapters(model).values():
+    for module in lora.adapters(model).values():
         nn.init.normal_(module.lora_B, std=0.1)
 
 
@@ -482,7 +484,7 @@ def test_every_matrix_can_have_an_adapter_and_each_has_an_effect(name):
     if getattr(model.config, "tie_word_embeddings", False):
         model = type(model)(finetune.dataclasses.replace(model.config, tie_word_embeddings=False)).eval()
     finetune.add_lora(model, finetune.Settings(lora=3, lora_alpha=6.0, lora_targets=""))
-    plain, places = model(tokens), finetune.adapters(model)
+    plain, places = model(tokens), lora.adapters(model)
     assert any(name in ("head", "lm_head") for name in places)
     for place, module in places.items():
         nn.init.normal_(module.lora_B, std=0.5)
@@ -492,7 +494,7 @@ def test_every_matrix_can_have_an_adapter_and_each_has_an_effect(name):
 
 def test_lora_targets_choose_matrices_by_name():
     _, model = adapted("gpt", lora_targets=r"h\.1\.attn")
-    assert list(finetune.adapters(model)) == ["h.1.attn.c_attn", "h.1.attn.c_proj"]
+    assert list(lora.adapters(model)) == ["h.1.attn.c_attn", "h.1.attn.c_proj"]
     for wrong, word in (("nothing", "h.0.attn.c_attn"), ("(", "--lora-targets")):
         with pytest.raises(ValueError, match=word):
             adapted("gpt", lora_targets=wrong)
@@ -755,7 +757,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(base, tmp_path, capsys):
     assert "bad.jsonl, line 2: not JSON" in sft("--data", files(b'{"a": 1}\n{"a"'))
     assert "bad.jsonl: " in sft("--data", files(b"\xff\xfe\xff"))
     assert "line 1: an object is needed" in sft("--data", files(b"[1, 2]"))
-    assert 'bad.jsonl, line 2 has a: it needs a text "prompt"' in sft(
+    assert 'bad.jsonl, line 2: it has a: it needs "prompt" and "completion"' in sft(
         "--data", files(b'{"prompt": "x", "completion": "y"}\n{"a": 1}'))
     assert "bad.jsonl, line 1: message 0 needs a role" in sft("--data", files(b'{"messages": [{"role": "x"}]}'))
     assert ".jsonl" in sft("--data", files(b"text", "bad.docx"))
@@ -768,11 +770,11 @@ def test_a_mistake_is_one_line_that_says_what_to_do(base, tmp_path, capsys):
         b'{"prompt": "x", "completion": "y"}'))
     classify = ("--task", "classify", "--init-from", base("gpt"), *QUICK)
     assert "has no head" in refused(capsys, *classify, "--predict", files(b"a\n", "a.txt"))
-    assert 'line 2 has no "label"' in refused(capsys, *classify, "--data", files(b"text,lab\nhello,a\nx,b\n", "b.csv"))
-    assert 'line 3 has no "label"' in refused(capsys, *classify, "--data", files(b"text,label\nhello,a\nx\n", "b.csv"))
+    assert 'line 2: it has text, lab: it needs "label"; other names: --columns label=lab' in refused(capsys, *classify, "--data", files(b"text,lab\nhello,a\nx,b\n", "b.csv"))
+    assert "line 3: 1 fields instead of 2 (text, label)" in refused(capsys, *classify, "--data", files(b"text,label\nhello,a\nx\n", "b.csv"))
     assert "two labels are needed, there is a" in refused(capsys, *classify, "--data", files(b"text,label\nb, a\nx,a\n", "b.csv"))
     assert "two labels are needed, there is none" in refused(capsys, *classify, "--data", files(b"text,label\n", "b.csv"))
-    assert 'it needs a text "text"' in refused(capsys, *classify, "--data", files(b"label,mail\nham,x\nspam,y\n", "a.csv"))
+    assert 'it has label, mail: it needs "text"; other names: --columns text=mail' in refused(capsys, *classify, "--data", files(b"label,mail\nham,x\nspam,y\n", "a.csv"))
     assert "needs --reward" in refused(capsys, "--task", "grpo", "--init-from", base("gpt"), "--data", tmp_path / "bad.jsonl")
     grpo = ("--task", "grpo", "--init-from", base("gpt"), *QUICK, "--data", files(
         b'{"prompt": "a"}\n{"prompt": "b"}'), "--reward")

@@ -137,10 +137,18 @@ def test_the_seed_decides_the_draw(kind):
     (dict(prompts=[[1, 61]]), "61.*0 to 60"), (dict(prompts=[[-1]]), "-1"),
     (dict(max_new_tokens=-1), "max_new_tokens.*-1"), (dict(temperature=-0.5), "temperature.*-0.5"),
     (dict(temperature=math.nan), "temperature"), (dict(top_k=0), "top_k.*0"),
-    (dict(top_p=1.5), "top_p.*1.5")])
+    (dict(top_p=1.5), "top_p.*1.5"), (dict(top_p=math.nan), "top_p"),
+    (dict(prompts=[5, 9, 2]), "list of lists of ints.*found 5"), (dict(prompts="text"), "lists of ints"),
+    (dict(prompts=["text"]), "lists of ints"), (dict(prompts=[[1, 2.5]]), "lists of ints.*2.5"),
+    (dict(prompts=torch.tensor([[5, 9]])), "lists of ints.*tensor"),
+    (dict(prompts=[torch.tensor([5, 9])]), "lists of ints.*tensor"),
+    (dict(stop=torch.tensor(43)), "stop as an int or a list of ints.*tensor"),
+    (dict(stop=torch.tensor([43, 44])), "stop as an int.*tensor"), (dict(stop="."), "stop as an int"),
+    (dict(stop=[4.0]), "stop as an int"), (dict(stop=4.0), "stop as an int")])
 def test_impossible_requests_are_one_clear_error(kind, change, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as caught:
         build(kind).generate(**{"prompts": [[1]], "max_new_tokens": 3, **change})
+    assert "\n" not in str(caught.value)
 
 
 def test_prompts_that_do_not_fit_are_an_error_with_both_numbers():
@@ -185,6 +193,39 @@ def test_top_k_keeps_what_nanogpt_keeps(golden):
     for case, logits, possible in cases(golden, "top_k"):
         kept = probabilities(logits, 1.0, case["top_k"], None)[0].nonzero()[:, 0]
         assert set(kept.tolist()) == set(case["kept_nanogpt"]) & possible, case
+
+
+def test_one_stop_token_is_given_as_it_is_or_in_a_list():
+    model = build("gpt")
+    [full] = model.generate([[3, 1, 4]], 20, temperature=0)
+    for stop in (full[5], [full[5]], (full[5],), {full[5]}):
+        assert model.generate([[3, 1, 4]], 20, temperature=0, stop=stop) == [full[:full.index(full[5])]]
+
+
+def test_a_temperature_near_zero_is_greedy():
+    model = build("gpt")
+    greedy = model.generate(PROMPTS, 12, temperature=0)
+    for temperature in (1e-9, 1e-30, 1e-40, 1e-310, 5e-324):            # fp32 ends at 1e-45
+        for top in (dict(), dict(top_k=5), dict(top_p=0.9)):
+            assert model.generate(PROMPTS, 12, temperature=temperature, seed=1, **top) == greedy
+    probs = probabilities(torch.tensor([[-3e4, 3e4, -math.inf]]), 1e-40, None, 0.9)
+    assert probs.tolist() == [[0.0, 1.0, 0.0]]
+
+
+def test_top_p_among_the_likely_tokens_equals_top_p_among_all():
+    """Bit for bit, with ties, tokens that cannot be drawn, and from peaked to nearly flat."""
+    random = torch.Generator().manual_seed(0)
+    for trial in range(60):
+        size, scale = 2 + 31 * trial, 10 ** (trial % 5 / 2 - 1)
+        logits = torch.randn(1 + trial % 3, size, generator=random) * scale
+        logits = logits.round() if trial % 2 else logits
+        logits[:, 1::7] = -math.inf if trial % 3 else 0.0
+        whole = probabilities(logits, 0.8, None, None)
+        for top_p in (0.0, 0.1, 0.5, 0.9, 0.99, 0.9999):
+            falling, order = whole.sort(dim=-1, descending=True, stable=True)
+            beyond = falling.cumsum(-1) - falling > top_p
+            want = whole.scatter(-1, order, falling.masked_fill(beyond, 0.0))
+            assert torch.equal(probabilities(logits, 0.8, None, top_p), want), (trial, top_p)
 
 
 def test_draws_follow_the_probabilities():

@@ -393,7 +393,7 @@ def test_a_cached_pass_in_pieces_equals_one_pass(load, name):
     # Other lengths, other orders of fp32 sums: 1e-5 relative holds with any number of threads.
     assert_close(torch.cat(pieces, 1), model(tokens), 1e-5, "logits")
     assert state.position.tolist() == [24, 24]
-    assert state.key.shape == (len(tokens), 3, 30, 2, 16)
+    assert state.key.shape == (len(tokens), 3, 2, 30, 16)
 
 
 def test_going_on_from_a_state_equals_one_long_prompt(load):

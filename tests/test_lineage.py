@@ -18,7 +18,7 @@ from lineage.rwkv2 import wkv2, wkv2_loop
 from lineage.rwkv3 import wkv3, wkv3_loop
 from lineage.rwkv4 import wkv4, wkv4_loop
 from lineage.rwkv5 import wkv5, wkv5_loop
-from train import load_checkpoint
+from train import NextTokenLoss, load_checkpoint
 
 # a model of each kind: its file, and the config fields that make it
 KINDS = {"rwkv2": (rwkv2, {}), "rwkv2 headQK": (rwkv2, dict(head_qk=6, ctx_len=20)),
@@ -499,6 +499,9 @@ def test_headqk_from_hidden_vectors_alone_is_refused(kind):
     with pytest.raises(ValueError, match="call the model itself"):
         model.logits(torch.zeros(1, 3, 32))
     assert model.new_state(1).capacity == model.config.ctx_len
+    batch = {"tokens": some_tokens(1, 9), "targets": some_tokens(1, 9)}
+    with pytest.raises(ValueError, match="call the model itself"):      # what train.py does
+        NextTokenLoss(model)(batch)
 
 
 @pytest.mark.parametrize("kind", ["rwkv2 headQK", "rwkv3 headQK"])
@@ -705,6 +708,46 @@ def test_save_then_load_gives_the_same_bits_and_config(kind, tmp_path):
     assert type(model).from_pretrained(tmp_path, dtype=torch.float32).emb.weight.dtype == torch.float32
 
 
+@kinds
+def test_files_in_fp16_in_bf16_and_of_two_dtypes_load_and_stay_close_to_fp32(kind, tmp_path):
+    """The third, of mixed-precision trainers, is in the dtype of its matrices then."""
+    model, tokens = small(kind), some_tokens(2, 40)
+    stored, path = model.state_dict(), tmp_path / "model.pth"
+
+    def inner(key):
+        return key.startswith("blocks.") and key.endswith(".weight") and stored[key].dim() == 2
+    with torch.no_grad():
+        p = model(tokens).log_softmax(-1)
+    for dtype, two in ((torch.float16, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        torch.save({key: t if two and not inner(key) else t.to(dtype) for key, t in stored.items()}, path)
+        for again in (type(model).from_pretrained(path), load_checkpoint(path)):
+            assert {t.dtype for t in again.state_dict().values()} == {dtype}
+        assert [len(new) for new in again.generate([[3, 1, 4], [1]], 5, stop=())] == [5, 5]
+        with torch.no_grad():
+            q = again(tokens).float().log_softmax(-1)
+        assert (p.exp() * (p - q)).sum(-1).mean() < 1e-2, (dtype, two)
+        whole = type(model).from_pretrained(path, dtype=torch.float32).state_dict()
+        assert all(torch.equal(whole[key], stored[key]) for key in stored if two and not inner(key))
+
+
+def test_a_tuned_state_of_rwkv5_is_refused_by_name(golden, tmp_path):
+    """No official code trains one; that of RWKV-6 loads (tests/test_rwkv6.py)."""
+    stored = torch.load(golden / "rwkv5/weights.pth", weights_only=True)
+    torch.save({**stored, "blocks.0.att.time_state": torch.zeros(4, 8, 8)}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="does not fit its config.*time_state") as caught:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind, each", [("rwkv2", 2), ("rwkv3", 2), ("rwkv4", 3), ("rwkv5.0", 8), ("rwkv5.1", 8),
+                                        ("rwkv5.2", 8)])
+def test_a_layer_remembers_as_many_numbers_as_the_table_says(kind, each):
+    """C times 2, 3 or D, which is 8 here, and the last inputs of both halves."""
+    state = small(kind).new_state(1)
+    assert state.wkv[0, 0].numel() == each * 32
+    assert state.att_x[0, 0].numel() == state.ffn_x[0, 0].numel() == 32
+
+
 @sets
 def test_the_file_is_the_official_one_name_by_name(golden, name, tmp_path):
     load(golden, name).save_pretrained(tmp_path)
@@ -747,6 +790,25 @@ def test_saved_models_open_in_the_rwkv_package_to_the_same_logits_and_state(kind
         want = torch.stack(memory[5 * i + 1:5 * i + 4]) if kind == "rwkv4" else memory[each * i + 1]
         assert_close(state.wkv[0, i], want, 1e-5, "state")
         assert_close(state.att_x[0, i], memory[each * i], 1e-5, "state")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["rwkv4", "rwkv5.0", "rwkv5.1", "rwkv5.2"])
+def test_files_in_fp16_and_bf16_give_the_logits_of_the_official_code(kind, dtype, tmp_path, monkeypatch):
+    """In fp32 to rounding where the official code widens the file at once, as RWKV_in_150_lines.py does; the rwkv
+    package norms the embedding in the file's dtype before, and differs by that rounding."""
+    monkeypatch.setenv("RWKV_JIT_ON", "0")
+    monkeypatch.setenv("RWKV_CUDA_ON", "0")
+    monkeypatch.delenv("RWKV_V7_ON", raising=False)
+    package = pytest.importorskip("rwkv.model")
+    model, ids, half = small(kind), some_tokens(40).tolist(), tmp_path / "half.pth"
+    torch.save({name: t.to(dtype) for name, t in model.state_dict().items()}, half)
+    with torch.no_grad():
+        ours = type(model).from_pretrained(half, dtype=torch.float32)(torch.tensor([ids]))[0]
+    torch.save({name: t.to(dtype).float() for name, t in model.state_dict().items()}, tmp_path / "wide.pth")
+    for file, tolerance in (("wide", 1e-5), ("half", torch.finfo(dtype).eps)):
+        theirs = package.RWKV(os.fspath(tmp_path / file), "cpu fp32", verbose=False)
+        assert_close(ours, theirs.forward(ids, None, full_output=True)[0], tolerance, file)
 
 
 def test_overrides_change_the_config_and_unknown_ones_are_refused(golden):
@@ -878,6 +940,23 @@ def test_random_damage_to_a_file_raises_nothing_else(golden, file, tmp_path):
             load_checkpoint(tmp_path)
         except (ValueError, OSError) as error:
             assert "\n" not in str(error)
+
+
+# --- what lineage/README.md says ---
+
+def test_the_tables_of_the_readme_are_those_of_the_log(root):
+    readme = (root / "lineage/README.md").read_text(encoding="utf-8")
+    rows = [line for line in (root / "bench/lineage.log").read_text().splitlines()
+            if line.startswith(("| wkv", "| gpt", "| rwkv"))]
+    for row in rows:
+        name, *cells = row.strip("| ").split(" | ")
+        if name.startswith("wkv"):
+            want = f"| `{name}` | " + " | ".join(cells).replace("**x ", "**× ") + " |"
+        else:
+            width, count, loss, bits, _ = cells
+            want = f"| {name} | {width} | {count} | {float(loss):.3f} | {float(bits):.3f} |"
+        assert want in readme, want
+    assert len(rows) == 5 + 6
 
 
 # --- the files alone ---

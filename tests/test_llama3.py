@@ -279,7 +279,7 @@ def test_the_model_holds_nothing_but_its_parameters(model):
 def test_a_cached_pass_in_pieces_equals_one_pass(model, expected):
     tokens = expected["tokens"]
     state = model.new_state(len(tokens), 30)
-    assert state.key.shape == (2, 2, 30, 2, 16)                         # K heads, not H
+    assert state.key.shape == (2, 2, 2, 30, 16)                         # K heads, not H
     with torch.no_grad():
         pieces = [model(piece, state) for piece in tokens.split([5, 1, 11, 7], dim=1)]
     # Other lengths, other orders of fp32 sums: Meta's own code differs by 1.4e-5 here, at scale 10.

@@ -334,6 +334,23 @@ def test_a_tuned_state_is_where_every_sequence_begins():
     assert all(block.att.time_state.grad.abs().sum() > 0 for block in tuned.blocks)
 
 
+def test_a_tuned_state_as_published_loads_merged_into_its_model_and_not_alone(tmp_path):
+    """A .pth of the time_state of each layer, (H, D, D), in bf16; rwkv_state_merger.py of ChatRWKV merges so."""
+    model = small()
+    states = {f"blocks.{i}.att.time_state": torch.randn(4, 8, 8).bfloat16() for i in range(2)}
+    torch.save(states, tmp_path / "state.pth")
+    torch.save({**model.state_dict(), **states}, tmp_path / "merged.pth")
+    merged, tokens, state = load_checkpoint(tmp_path / "merged.pth"), torch.arange(20)[None], model.new_state(1)
+    assert merged.config == replace(model.config, tuned_state=True)
+    for i in range(2):
+        state.wkv[0, i] = states[f"blocks.{i}.att.time_state"].float().transpose(1, 2)
+    with torch.no_grad():
+        assert_close(merged(tokens), model(tokens, state), 1e-6)
+    with pytest.raises(ValueError, match="state.pth is .*time_state") as caught:
+        load_checkpoint(tmp_path / "state.pth")
+    assert "\n" not in str(caught.value)
+
+
 def test_compiled_equals_eager_in_one_graph():
     model, tokens = small(), torch.arange(40).view(2, 20)
     fast = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -482,6 +499,27 @@ def test_save_then_load_gives_the_same_bits_and_config(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert {t.dtype for t in RWKV6.from_pretrained(tmp_path).state_dict().values()} == {torch.bfloat16}
     assert RWKV6.from_pretrained(tmp_path, dtype=torch.float32).emb.weight.dtype == torch.float32
+
+
+def test_files_in_fp16_in_bf16_and_of_two_dtypes_load_and_stay_close_to_fp32(tmp_path):
+    """The third, of mixed-precision trainers, is in the dtype of its matrices then."""
+    model, path, tokens = small(), tmp_path / "model.pth", torch.arange(60).view(2, 30)
+    stored = model.state_dict()
+
+    def inner(name):
+        return name.startswith("blocks.") and name.endswith(".weight") and stored[name].dim() == 2
+    with torch.no_grad():
+        p = model(tokens).log_softmax(-1)
+    for dtype, two in ((torch.float16, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        torch.save({name: t if two and not inner(name) else t.to(dtype) for name, t in stored.items()}, path)
+        for again in (RWKV6.from_pretrained(path), load_checkpoint(path)):
+            assert {t.dtype for t in again.state_dict().values()} == {dtype}
+        assert [len(new) for new in again.generate([[3, 1, 4], [1]], 5, stop=())] == [5, 5]
+        with torch.no_grad():
+            q = again(tokens).float().log_softmax(-1)
+        assert (p.exp() * (p - q)).sum(-1).mean() < 1e-2, (dtype, two)
+        whole = RWKV6.from_pretrained(path, dtype=torch.float32).state_dict()
+        assert all(torch.equal(whole[name], stored[name]) for name in stored if two and not inner(name))
 
 
 def test_the_file_is_the_official_one_name_by_name(golden, tmp_path):

@@ -57,26 +57,26 @@ def test_many_heads_are_one_head_after_another():
     torch.manual_seed(0)
     layer, x = Attention(GPTConfig.sized(1, 192, 50, 16)), torch.randn(7, 192)
     assert layer.heads == 3
-    together = layer(x[None], torch.arange(7)[None], None, None)[0]
+    together = layer(x[None], None, None)[0]
     assert torch.allclose(together, one_by_one(x, layer), atol=1e-5)
 
 
 def test_a_cache_of_keys_and_values_gives_what_recomputing_gives():
     torch.manual_seed(0)
     layer, x = Attention(GPTConfig.sized(1, 128, 50, 16)).eval(), torch.randn(1, 6, 128)
-    whole = layer(x, torch.arange(6)[None], None, None)
-    cache = (torch.zeros(1, 6, 2, 64), torch.zeros(1, 6, 2, 64))        # (B, M, H, D) keys, values
+    whole = layer(x, None, None)
+    keys, values = torch.zeros(1, 2, 6, 64), torch.zeros(1, 2, 6, 64)   # (B, H, M, D)
     with torch.no_grad():
         for t in range(6):                                             # one token at a time
             mask = (torch.arange(6) <= t)[None, None, None]
-            step = layer(x[:, t:t + 1], torch.tensor([[t]]), mask, cache)
+            step = layer(x[:, t:t + 1], mask, (keys, values, (..., slice(t, t + 1), slice(None))))
             assert torch.allclose(step, whole[:, t:t + 1], atol=1e-5)
 
 
 def test_store_writes_into_the_cache():
-    cache = torch.zeros(1, 4, 1, 2)
-    store(cache, torch.tensor([[2]]), torch.ones(1, 1, 1, 2))
-    assert cache[0, :, 0, 0].tolist() == [0, 0, 1, 0]
+    cache = torch.zeros(1, 1, 4, 2)
+    store(cache, (..., torch.tensor([2]), slice(None)), torch.ones(1, 1, 1, 2))
+    assert cache[0, 0, :, 0].tolist() == [0, 0, 1, 0]
 
 
 def test_the_future_does_not_change_the_past():

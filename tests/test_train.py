@@ -15,9 +15,11 @@ import pytest
 import torch
 import toy
 from helpers import ROOT, assert_close, assert_one_line_error, run
+from torch import nn
 from torch.nn import functional as F
 
 import checkpoints
+import plan
 import train
 from gpt import GPT, GPTConfig
 
@@ -130,7 +132,8 @@ def test_without_a_flag_everything_is_derived(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "standard_library", lambda: [(p.name, p) for p in sorted(corpus.iterdir())])
     train.main(["--steps", "2"])
     settings = json.loads((tmp_path / "out/gpt/settings.json").read_text())
-    assert (settings["vocab"], settings["layers"], settings["width"], settings["tokens_per_step"]) == (4096, 2, 192, 1024)
+    shape = plan.Shape(*(settings[name] for name in ("layers", "width", "context", "vocab", "tokens_per_step")))
+    assert shape in plan.SHAPES
     assert all(settings[name] is not None for name in ("lr", "context", "micro_batch", "sample_prompt", "device"))
 
 
@@ -152,7 +155,8 @@ def test_resume_after_kill_at_any_moment_gives_the_same_bits(corpus, finished, t
         if (out / "resume/resume.pt").exists():
             arguments = ["--resume", str(out)]
         process = subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                                   stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                                   stderr=subprocess.STDOUT,
+                                   env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
         if pause is None:
             output = process.communicate(timeout=200)[0]
             assert process.returncode == 0, output
@@ -396,7 +400,9 @@ def test_the_estimate_counts_what_autograd_keeps():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         loss = train.NextTokenLoss(model)({"tokens": tokens, "targets": tokens})
     real = sum(size for pointer, size in kept.items() if pointer not in own)
-    assert train.activation_bytes(GPT, config, 24) == pytest.approx(real, rel=0.15), loss
+    with torch.device("meta"):
+        empty = train.NextTokenLoss(GPT(config))
+    assert plan.activation_bytes(empty, 24) == pytest.approx(real, rel=0.15), loss
 
 
 # --- robust steps ---
@@ -548,10 +554,10 @@ def test_files_of_ones_own_to_validate_on(corpus, tmp_path):
 def test_more_processes_than_sequences_raise_the_sequences_and_say_so(corpus, tmp_path, capsys):
     settings, given = train.parse_settings(train.Settings, [*SMALL, "--data", str(corpus), "--out",
                                                             str(tmp_path / "run")], "")
-    run = train.start_run(settings)
+    run = train.start_run(settings, train.STARTED)
     prepared = train.prepare_corpus(settings, run)
     run.world = 8
-    train.derive(settings, given, run, prepared)
+    train.derive(settings, given, run, prepared, None)
     assert settings.tokens_per_step == 8 * 32
     assert "4 sequences a step are fewer than the processes: 8 instead" in capsys.readouterr().out
 
@@ -574,6 +580,55 @@ def test_a_context_shorter_than_the_prompt_of_samples_is_no_error(corpus, tmp_pa
     arguments = [a if a != "32" or SMALL[i - 1] != "--context" else "2" for i, a in enumerate(SMALL)]
     train.main([*arguments, "--data", str(corpus), "--out", str(tmp_path / "run")])
     assert list(events(tmp_path / "run", "loss")) == [1, 2, 3, 4, 5, 6]
+
+
+class Killed(Exception):
+    """What stands for a kill inside this process."""
+
+
+def kill_at(monkeypatch, step):
+    """Let training be killed before this step, counted from 0, when everything before was saved."""
+    real = train.Batches.__call__
+
+    def batches(self, now):
+        if now == step:
+            raise Killed
+        return real(self, now)
+    monkeypatch.setattr(train.Batches, "__call__", batches)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--micro-batch", "1"], "--micro-batch 1 instead of 4"),
+    (["--checkpoint-activations"], "--checkpoint-activations True instead of False"),
+    (["--dtype", "bfloat16"], "--dtype bfloat16 instead of float32")])
+def test_a_run_goes_on_with_less_memory_or_other_precision_and_says_not_bit_exactly(
+        corpus, finished, tmp_path, monkeypatch, capsys, flags, said):
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            start(corpus, tmp_path / "run", "--save-minutes", 0)
+    capsys.readouterr()
+    train.main(["--resume", str(tmp_path / "run"), *flags])
+    assert f"resume     not bit-exactly: {said}\n" in capsys.readouterr().out
+    losses, whole = events(tmp_path / "run", "loss"), events(finished, "loss")
+    assert losses == pytest.approx(whole, rel=0.02) and list(losses) == list(whole)
+
+
+def test_moved_data_are_the_same_data_and_other_data_are_refused(corpus, finished, tmp_path, monkeypatch, capsys):
+    moved = Path(shutil.copytree(corpus, tmp_path / "moved"))
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            start(moved, tmp_path / "run", "--save-minutes", 0)
+    moved.rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    train.main(["--resume", str(tmp_path / "run"), "--data", str(tmp_path / "elsewhere")])
+    assert "not bit-exactly" not in capsys.readouterr().out
+    assert events(tmp_path / "run", "loss") == events(finished, "loss")
+    assert weights(tmp_path / "run") == weights(finished)
+    (tmp_path / "elsewhere/part_3.py").write_text("new = 1\n")
+    assert_one_line_error(run("train.py", "--resume", tmp_path / "run", "--data", tmp_path / "elsewhere"),
+                          "data have changed")
 
 
 def test_resume_takes_the_file_and_a_finished_run_is_told_what_to_do(finished, tmp_path):
@@ -612,10 +667,113 @@ def test_help_shows_every_flag_with_default_and_meaning():
 def test_minutes_end_in_time_with_the_learning_rate_decayed(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "STARTED", time.time())
     arguments = [a for a in SMALL if a not in ("--steps", "6")]
-    train.main([*arguments, "--data", str(corpus), "--out", str(tmp_path / "run"), "--minutes", "0.15"])
+    train.main([*arguments, "--data", str(corpus), "--out", str(tmp_path / "run"), "--minutes", "0.15",
+                "--keep", "last"])                                      # no early end
     assert time.time() - train.STARTED < 60
     rates = [*events(tmp_path / "run", "lr").values()]
     assert len(rates) > 20 and max(rates) > 0.7 * 0.003 and rates[-1] < 0.3 * 0.003
+
+
+# --- the plan, the clock, the optimiser, the best weights ---
+
+def test_the_plan_is_the_largest_shape_that_gets_enough_steps():
+    seconds = {shape: 0.05 * 4 ** i for i, shape in enumerate(plan.SHAPES)}
+    tried = []
+
+    def step_seconds(shape, enough):
+        tried.append(shape)
+        return seconds[shape]
+    for i in (1, 3):
+        tried.clear()
+        shape, each, time = plan.choose(plan.SHAPES, seconds[plan.SHAPES[i]] * plan.STEPS * 1.01, math.inf, step_seconds)
+        assert shape == plan.SHAPES[i] and each == seconds[shape] and tried == [*plan.SHAPES[:i + 2]]
+        assert time == seconds[shape] * plan.STEPS * 1.01
+    shape, each, time = plan.choose(plan.SHAPES, 0.01, math.inf, step_seconds)
+    assert shape == plan.SHAPES[0], "too little time even for the smallest"
+
+
+def test_little_text_shortens_the_plan_to_a_few_epochs():
+    shape, each, time = plan.choose(plan.SHAPES, 600, 30_000, lambda shape, enough: 0.01)
+    assert shape == plan.SHAPES[0]
+    assert time / each * shape.tokens == pytest.approx(plan.EPOCHS * 30_000 / plan.BYTES)
+
+
+def test_plan_says_what_would_be_trained_and_stops(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--data", str(corpus), "--plan", "--width", "32", "--layers", "1", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "tokens/s at 1 x 32, context 64" in out and "epochs" in out and not [*tmp_path.iterdir()]
+
+
+def test_the_published_muon_is_what_ours_does():
+    """torch.optim.Muon with the coefficients and steps of ours; it computes in bf16."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim.Muon came with torch 2.9")
+    torch.manual_seed(0)
+    for rows, columns in ((24, 40), (40, 24), (24, 24)):
+        ours, theirs = (nn.Parameter(torch.ones(rows, columns)) for _ in range(2))
+        group = dict(params=[ours], muon=True, weight_decay=0.1)
+        optimizers = (train.Muon([group], lr=0.02),
+                      torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, ns_steps=3))
+        for _ in range(4):
+            grad = torch.randn(rows, columns)
+            for parameter, optimizer in zip((ours, theirs), optimizers):
+                parameter.grad = grad.clone()
+                optimizer.step()
+        assert_close(ours, theirs, 1e-3)
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    config = GPTConfig.sized(2, 32, 61, 24)
+    torch.manual_seed(0)
+    one, two = GPT(config), GPT(config)
+    two.load_state_dict(one.state_dict())
+    for model, muon in ((one, 0.0), (two, 7.0)):
+        optimizer = train.make_optimizer(model, 0.1, muon)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.001 * group["lr_scale"]
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    for (name, a), b in zip(one.named_parameters(), two.parameters()):
+        hidden = name.startswith("h.") and a.dim() == 2
+        assert torch.equal(a, b) != hidden, name
+    update = two.h[0].mlp.c_fc.weight - one.h[0].mlp.c_fc.weight       # 7 times as large, and twice: 128 / 32 = 4
+    assert 0.5 * 0.014 < torch.linalg.matrix_norm(update, 2) < 1.5 * 0.014
+
+
+@pytest.mark.parametrize("keep", ("best", "last"))
+def test_the_run_directory_holds_the_weights_of_the_best_validation(corpus, tmp_path, monkeypatch, keep):
+    losses = iter((3.0, 2.0, 2.5, 2.4, 2.3, 2.2, 2.1))
+    real, seen = train.validate, []
+
+    def validate(model, *arguments):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        real(model, *arguments)
+        return next(losses)
+    monkeypatch.setattr(train, "validate", validate)
+    out = start(corpus, tmp_path / "run", "--eval-every", 1, "--keep", keep)
+    kept = train.load_checkpoint(out).state_dict()
+    step = {"best": 2, "last": 6}[keep]
+    assert len(seen) == (6 if keep == "best" else 7), "steps until it stops, and one of all the text"
+    for name, value in seen[step - 1].items():
+        assert torch.equal(kept[name], value) and torch.equal(seen[-1][name], value), name
+
+
+def test_training_stops_when_validation_has_not_improved_for_a_third(corpus, tmp_path, monkeypatch, capsys):
+    losses = iter((3.0, 2.0, 2.5, 2.4, 2.3, 2.2))
+    monkeypatch.setattr(train, "validate", lambda *arguments: next(losses))
+    start(corpus, tmp_path / "run", "--eval-every", 1)
+    assert list(events(tmp_path / "run", "loss")) == [1, 2, 3, 4, 5]
+    out = capsys.readouterr().out
+    assert "no validation has been better than that of step 2" in out and "weights of step 2;" in out
+
+
+def test_many_passes_over_a_text_are_warned_of(corpus, tmp_path, capsys):
+    arguments = [a for a in SMALL if a not in ("--steps", "6")]
+    train.main([*arguments, "--data", str(corpus), "--epochs", "9", "--eval-only"])
+    assert "9 passes over the text" in capsys.readouterr().out
 
 
 def test_importing_train_does_nothing(tmp_path):

@@ -49,7 +49,7 @@ class Toy(nn.Module):
         self.emb = nn.Embedding(config.vocab_size, config.width)
         self.inward = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(config.layers))
         self.outward = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(config.layers))
-        self.decay = nn.Parameter(torch.linspace(-2, 2, config.width).repeat(config.layers, 1))
+        self.decay = nn.Parameter((torch.arange(config.width) * 4 / config.width - 2).repeat(config.layers, 1))
         self.head = nn.Linear(config.width, config.vocab_size)
 
     def new_state(self, batch_size, max_tokens):

@@ -1,0 +1,211 @@
+"""A training process: its device and precision, the other processes, the clock, signals."""
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass
+class Run:
+    """This process: its device and precision, its place among the others, its run directory."""
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
+    started: float = 0.0                     # when the command was given
+    out: Path | None = None                  # set on rank 0 once there is a directory
+    line: str = ""                           # what a terminal shows until the next line
+
+    def say(self, message: str) -> None:
+        """One line of rank 0."""
+        if self.rank == 0:
+            clear = f"\r{'':{len(self.line)}}\r" if self.line else ""
+            print(clear + message, flush=True)
+            self.line = ""
+
+    def say_step(self, message: str, step: int, steps: int) -> None:
+        """A line about a step: 200 or so in all; on a terminal 20, one between them in place."""
+        terminal = sys.stdout.isatty()
+        every = max(1, steps // (20 if terminal else 200))
+        if step % every == 0 or step in (1, steps):
+            self.say(message)
+        elif terminal and self.rank == 0:
+            print(f"\r{message:{len(self.line)}}", end="", flush=True)
+            self.line = message
+
+    def log(self, **event) -> None:
+        """One line of log.jsonl."""
+        if self.out is not None:
+            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Each number summed over all processes; on one process the numbers themselves."""
+        if self.world == 1:
+            return list(numbers)
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.tensor(numbers, dtype=exact, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def autocast(self):
+        """Where the computation takes place in lower precision, if it does."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def choose_device(asked: str | None) -> torch.device:
+    """The device asked for, if it works, or the best there is."""
+    best = ("cuda" if torch.cuda.is_available()
+            else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(asked or best)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {asked} does not work here: "
+                         + str(error).splitlines()[0][:150]) from None
+    return device
+
+
+def choose_dtype(device: torch.device, asked: str | None) -> tuple[torch.dtype, str]:
+    """The precision of the computation, and why. Parameters and optimiser stay in fp32."""
+    if asked == "float16" and device.type != "cuda":
+        raise ValueError(f"--dtype float16 on {device.type}: the loss scaling it needs is there on "
+                         "CUDA only; take bfloat16 or float32")
+    if asked:
+        return getattr(torch, asked), "asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU computes it fast"
+        return torch.float16, "this GPU has no fast bfloat16; the loss is scaled"
+    if device.type != "cpu":
+        return torch.float32, f"the safe choice on {device.type}"
+    a, b, best = torch.randn(1024, 512), torch.randn(512, 512), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = a.to(dtype), b.to(dtype)
+        best[dtype] = min(seconds_of(lambda x=x, y=y: x @ y) for _ in range(8))
+    ratio = best[torch.float32] / best[torch.bfloat16]
+    if ratio < 1.5:
+        return torch.float32, f"bfloat16 is only {ratio:.2f} times as fast on this CPU"
+    return torch.bfloat16, f"on this CPU {ratio:.1f} times as fast as float32 in a matrix product"
+
+
+def seconds_of(work) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def start_run(settings, started: float) -> Run:
+    """Choose device and precision; join the other processes if torchrun started this one."""
+    device = choose_device(settings.device)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dtype, reason = choose_dtype(device, settings.dtype)
+    run = Run(device, dtype, rank, world, started=started)
+    run.say(f"device     {device}: " + ("asked for" if settings.device else "the best there is")
+            + (f"; {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+            + (f"; {world} processes" if world > 1 else ""))
+    run.say(f"precision  {str(dtype).removeprefix('torch.')}: {reason}")
+    settings.device, settings.dtype = device.type, str(dtype).removeprefix("torch.")
+    return run
+
+
+class Pace:
+    """How far the run is, by its steps or, with --minutes, by the clock since the command."""
+
+    def __init__(self, settings, run: Run, step: int):
+        self.run, self.first = run, step
+        self.steps = settings.steps or step + 1000      # with --minutes an estimate, renewed often
+        minutes = getattr(settings, "minutes", None)    # finetune.py has none
+        self.seconds = 60 * minutes if minutes else None
+        self.takes = {}                                 # seconds of what comes after the last step
+        self.begun = self.saved = time.time()
+        self.left, self.save_every = 0.0, 60 * settings.save_minutes
+        self.before = self.done = self.part(step)       # parts of the run, 0 to 1
+
+    def part(self, step: int) -> float:
+        """Which part of the run lies behind after so many steps."""
+        if not self.seconds:
+            return min(1.0, step / self.steps)
+        passed = time.time() - self.run.started
+        part = min(1.0, passed / max(1e-9, self.seconds - self.closing))
+        return self.run.sum(part)[0] / self.run.world   # the same on all processes
+
+    def after(self, step: int) -> None:
+        """Look at the clock after a step."""
+        each = (time.time() - self.begun) / (step - self.first)
+        self.before, self.done = self.done, self.part(step)
+        if self.seconds:
+            self.left = max(0.0, self.run.started + self.seconds - self.closing - time.time())
+            self.steps = step + int(self.run.sum(self.left / each)[0] / self.run.world)
+            self.done = 1.0 if self.steps == step else self.done
+        else:
+            self.left = each * (self.steps - step)
+
+    @property
+    def closing(self) -> float:
+        """How long the end of the run will take, in seconds; what was not done yet is guessed."""
+        guess = 0.02 * (self.seconds or 0.0)
+        return 1.0 + sum(self.takes.get(what, guess) for what in ("validation", "sample", "saving"))
+
+    @contextlib.contextmanager
+    def closing_takes(self, what: str, times: float = 1.0):
+        """Learn it by doing it now."""
+        begun = time.time()
+        yield
+        self.takes[what] = times * (time.time() - begun)
+
+    def due(self, every: int | None, parts: int, step: int) -> bool:
+        """Whether it is time: each `every` steps, or `parts` times in a run, and at its end."""
+        due = step % every == 0 if every else int(self.done * parts) > int(self.before * parts)
+        return due or self.done >= 1
+
+    def save_is_due(self) -> bool:
+        """Whether rank 0 has not saved for --save-minutes."""
+        overdue = self.run.rank == 0 and time.time() - self.saved >= self.save_every
+        if not self.run.sum(float(overdue))[0]:
+            return False
+        self.saved = time.time()
+        return True
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM as a flag that the loop looks at between two steps."""
+
+    def __enter__(self):
+        self.signal, self.before = 0, {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):                       # not the main thread
+                self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame):
+        self.signal = number
+        signal.signal(number, self.before[number])                      # a second one ends at once
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def seen(self, run: Run) -> int:
+        """The signal that any process was sent, or 0."""
+        return int(max(run.sum(self.signal)))
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
