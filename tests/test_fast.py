@@ -50,11 +50,11 @@ def small_llama(seed=0):
     return model
 
 
-def works(kind, dtype):
-    """Whether torch has the special operator of a kind on this machine."""
+def works(kind, dtype, name="special"):
+    """Whether torch has this operator for a kind on this machine."""
     with torch.no_grad():
         try:
-            kind(nn.Linear(64, 64).to(dtype), ("special",) * 3)(torch.zeros(1, 64, dtype=dtype))
+            kind(nn.Linear(64, 64).to(dtype), (name,) * 3)(torch.zeros(1, 64, dtype=dtype))
         except (RuntimeError, AttributeError):
             return False
     return True
@@ -67,13 +67,12 @@ def works(kind, dtype):
 def test_every_operator_computes_x_w_plus_b(weights, dtype):
     kind = KINDS[weights]
     operators = {name for store in kind.STORES for name in store}
-    if not works(kind, dtype):
-        operators -= {"special"}
+    operators -= {name for name in ("special", "packed") if not works(kind, dtype, name)}
     for (N, K), bias, name in itertools.product(SHAPES, (True, False), operators):
         linear = nn.Linear(K, N, bias=bias).to(dtype)
         layer = kind(linear, (name,) * 3)
         b = linear.bias.float() if bias else None
-        for rows in ((1,), (2, 3), (30,), (2, 1)):
+        for rows in ((1,), (2, 3), (30,), (2, 1), ()):
             x = torch.randn(*rows, K).to(dtype)
             with torch.no_grad():
                 y, right = layer(x), F.linear(x.float(), layer.rows(0, N), b)
@@ -94,6 +93,25 @@ def test_quantised_weights_are_as_near_as_their_bits_allow():
             zeros = torch.cat([part, torch.zeros(N, 1)], 1) if part.shape[1] < 32 else part
             step = (zeros.amax(1) - zeros.amin(1))[:, None] / 15        # the padding is in the range
             assert (difference <= step * 0.55 + 0.005 * zeros.abs().amax(1, keepdim=True)).all()
+
+
+def test_weights_are_packed_only_if_fp16_holds_them():
+    if not works(Linear, torch.bfloat16, "packed"):
+        pytest.skip("torch has no packed operator here")
+    for value, dtype, holds in ((1e-7, torch.bfloat16, True), (7e4, torch.bfloat16, False),
+                                (float("nan"), torch.bfloat16, False), (0.1, torch.float32, False),
+                                (0.1, torch.float16, True)):
+        linear = nn.Linear(64, 32).to(dtype)
+        with torch.no_grad():
+            linear.weight[3, 5] = value
+            layer, x = Linear(linear, ("packed",) * 3), torch.randn(2, 64).to(dtype)
+            assert (layer.operators == ("packed",) * 3) == holds
+            assert torch.allclose(layer.rows(0, 32), linear.weight.float(), rtol=0, atol=2 ** -24,
+                                  equal_nan=True)
+            assert_close(layer(x)[:, 4:], F.linear(x, linear.weight, linear.bias)[:, 4:], 0.01, "y")
+    linear = nn.Linear(64, 32).bfloat16()    # small numbers throughout: fp16 would round them
+    linear.weight.data.mul_(1e-5)
+    assert Linear(linear, ("packed",) * 3).operators == ("plain",) * 3
 
 
 def test_zero_and_constant_rows_survive_quantising():
@@ -143,13 +161,15 @@ def test_accelerated_models_compute_the_same_and_keep_the_embedding(weights):
 
 
 def test_a_tied_head_is_replaced_and_its_table_is_not():
-    for operators in (("transposed",) * 3, ("special",) * 3):
-        model = small_gpt()
+    for operators in (("packed",) * 3, ("special",) * 3):
+        model = small_gpt().bfloat16()
         assert model.lm_head.weight is model.wte.weight
+        table = model.wte.weight.clone()
         model.lm_head = Linear(model.lm_head, operators)
-        assert model.wte.weight.stride() == (32, 1)
-        assert torch.equal(model.lm_head.weight, model.wte.weight)
-        assert (model.lm_head.weight is model.wte.weight) == (operators[0] == "special")
+        assert model.wte.weight.stride() == (32, 1) and torch.equal(model.wte.weight, table)
+        assert torch.equal(model.lm_head.rows(0, 50), table.float())
+        if operators[0] == "special":
+            assert model.lm_head.weight is model.wte.weight
 
 
 def test_a_recurrent_model_is_accelerated():
@@ -192,8 +212,8 @@ def test_an_operator_that_fails_or_is_wrong_is_left_out(monkeypatch):
         monkeypatch.setattr(Linear, "special", broken)
         monkeypatch.setattr(Quantised := fast.Quantised, "special", broken)
         linears = [nn.Linear(64, 64)]
-        assert {*fast.measure(linears, Linear, ["plain", "special", "transposed"])} == {
-            "replaced", "plain", "transposed"}
+        assert {*fast.measure(linears, Linear, ["plain", "special", "fp32"])} == {
+            "replaced", "plain", "fp32"}
         assert {*fast.measure(linears, Int8, ["plain", "special", "fp32"])} == {
             "replaced", "plain", "fp32"}
     model = small_gpt()
@@ -233,12 +253,12 @@ def test_measuring_happens_once_and_a_broken_cache_is_no_error(cache, monkeypatc
 
 def test_the_quickest_operators_are_chosen_and_a_slow_setting_says_so():
     times = {"replaced": [3.0, 3.0, 3.0], "plain": [3.0, 3.0, 3.0], "special": [1.0, 4.0, 2.9],
-             "transposed": [2.0, 2.0, 2.0]}
+             "packed": [2.0, 2.0, 2.0]}
     operators, why = fast.choose(Linear, times)
     assert operators == ("special", "plain", "plain")
     assert "oneDNN / plain products: 3.00 x" in why and "SLOWER" not in why
-    times["transposed"] = [0.5, 2.0, 2.0]
-    assert fast.choose(Linear, times)[0] == ("transposed",) * 3
+    times["packed"] = [0.5, 2.0, 2.0]
+    assert fast.choose(Linear, times)[0] == ("packed",) * 3
     times = {"replaced": [2.0, 2.0, 2.0], "special": [4.0, 4.0, 4.0], "plain": [9.0, 9.0, 9.0],
              "fp32": [5.0, 4.0, 3.0]}
     operators, why = fast.choose(Int8, times)
