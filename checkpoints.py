@@ -57,6 +57,7 @@ RWKVS = (                                    # the first whose pattern a name an
     (r"att\.time_mix \(", "rwkv2"),
     (r"att\.time_decay \(\d+, 1\)", "rwkv3"),
     (r"att\.time_decay ", "rwkv4"),
+    (r"att\.time_state ", "a tuned state without its model: put its tensors into the model's .pth"),
 )
 
 
@@ -117,10 +118,7 @@ def identify_rwkv(path: Path) -> str:
                          "give the path of one")
     if not files:
         raise FileNotFoundError(f"{path} has no config.json that names a model of ours, nor a .pth")
-    tensors = read_pickle(files[0])
-    around = ("model", "state_dict", "model_state_dict", "module")
-    while inner := next((tensors[key] for key in around if isinstance(tensors.get(key), dict)), 0):
-        tensors = inner
+    tensors = innermost(read_pickle(files[0]))
     lines = [f"{name} {tuple(getattr(tensor, 'shape', ()))}" for name, tensor in tensors.items()]
     found = next((what for pattern, what in RWKVS
                   if any(re.search(pattern, line) for line in lines)),
@@ -134,7 +132,8 @@ def identify_rwkv(path: Path) -> str:
 
 def is_rwkv(path: Path) -> bool:
     """Whether a .pth holds an official RWKV, whatever the config.json beside it is about."""
-    return any(".att." in name or name == "emb.weight" for name in read_pickle(path))
+    names = innermost(read_pickle(path))
+    return any(".att." in name or name == "emb.weight" for name in names)
 
 
 def identify(path: Path) -> str:
@@ -366,11 +365,28 @@ def config_values(config_class: type, assignments: list[str]) -> dict:
     return values
 
 
+OWN = {50_277: (50_277, "20B_tokenizer.json"),              # RWKV's embedding -> its vocabulary:
+       65_536: (65_409, "rwkv_vocab_v20230424.txt")}        # (the fewest tokens, the file)
+
+
 def check_vocabulary(config, tokenizer) -> None:
-    """ValueError if the tokenizer has tokens that the model has not."""
-    if config.vocab_size < tokenizer.vocab_size:
+    """ValueError if the tokenizer is another model's.
+
+    Tokens that were added to it, as "[PAD]", may lie beyond the model; the tokenizer then refuses
+    to encode these.
+    """
+    rwkv = "RWKV" in type(config).__name__
+    least, file = OWN.get(config.vocab_size, (0, "")) if rwkv else (0, "")
+    if tokenizer.vocab_size < least:
+        raise ValueError(f"the model has {config.vocab_size} ids, the tokenizer "
+                         f"{tokenizer.vocab_size}: it needs its own tokenizer, {file}")
+    beyond = [id for id in (*tokenizer.prefix_ids, tokenizer.end_id)
+              if id is not None and id >= config.vocab_size]
+    if tokenizer.text_size > config.vocab_size or beyond:
         raise ValueError(f"the model has {config.vocab_size} ids, the tokenizer "
                          f"{tokenizer.vocab_size}: it needs its own tokenizer")
+    if tokenizer.vocab_size > config.vocab_size:
+        tokenizer.model_size = config.vocab_size
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -387,6 +403,14 @@ def read_pickle(path: Path) -> dict:
         if not isinstance(content, dict):
             raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
         return content
+
+
+def innermost(content: dict) -> dict:
+    """The dict of tensors inside the dicts that trainers put around it."""
+    around = ("model", "state_dict", "model_state_dict", "module")
+    while inner := next((content[key] for key in around if isinstance(content.get(key), dict)), 0):
+        content = inner
+    return content
 
 
 def write_text(path: Path, content: str) -> None:
@@ -435,7 +459,7 @@ def write_settings(settings, out: Path) -> None:
 def save_resume(out: Path, settings, run, tokenizer, key: str, config,
                 **state) -> None:
     """Replace resume/resume.pt, complete in itself: a kill leaves the old one or the new one."""
-    files = {name: content.decode("latin-1") for name, content in tokenizer.files().items()}
+    files = {name: data.decode("latin-1") for name, data in tokenizer.saved_files().items()}
     path = out / "resume" / "resume.pt"
     path.parent.mkdir(exist_ok=True)
     torch.save({**state, "settings": dataclasses.asdict(settings), "tokenizer": files, "data": key,
@@ -454,9 +478,9 @@ def load_resume(asked: str) -> tuple[Path, dict]:
     if found is None:
         raise FileNotFoundError(f"--resume {out}: no resume/resume.pt there, nothing was saved yet")
     saved = read_pickle(found)
-    if "eos_token_id" not in saved.get("config", {}):
-        raise ValueError(f"{found} was written by an earlier version, whose optimiser had other "
-                         f"groups: train on from its weights with --init-from {out}")
+    if "eos_token_id" not in saved.get("config", {}) or "keep" not in saved.get("settings", {}):
+        raise ValueError(f"{found} was written by an earlier version, whose optimiser or schedule "
+                         f"was another: train on from its weights with --init-from {out}")
     return out, saved
 
 

@@ -28,7 +28,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import shutil
 import sys
 import time
@@ -45,9 +44,10 @@ from checkpoints import (check_vocabulary, config_values, draw_log, eos_tokens, 
                          publish, read_json, readable, resume_settings, save_resume,
                          saved_tokenizer)
 from lora import add_lora, load_adapter, merged, save_adapter
-from rows import (EMPTY, Notices, RewardError, all_labels, chat_parts, conversation, ending,
-                  header_rows, label_key, label_of, label_rows, load_reward, naming,
-                  preference_rows, question_rows, read_rows, score_code, shown, string, weight_of)
+from rows import (EMPTY, Notices, RewardError, all_labels, chat_parts, content_of, conversation,
+                  ending, excluded, header_rows, label_key, label_of, label_rows, load_reward,
+                  naming, preference_rows, question_rows, read_rows, score_code, shown, split,
+                  string)
 from train import Run, flag
 
 # ----------------------------------------------------------------------------------------- settings
@@ -265,7 +265,7 @@ class Task(nn.Module):
         made, notices = [], self.notices
         for row in rows:
             with naming(row):
-                if self.settings.task != "classify" and weight_of(row) == 0:
+                if self.settings.task != "classify" and excluded(row):
                     notices["rows are left out: their weight is 0"] += 1
                 elif example := self.example(row):
                     made.append(example)
@@ -606,33 +606,6 @@ RECIPES = {"sft": (SFT, question_rows, 16, 3, 1.0), "classify": (Classify, label
            "dpo": (DPO, preference_rows, 16, 2, 0.3), "grpo": (GRPO, header_rows, 8, 1, 1.0)}
 
 
-def content_of(example: dict) -> int:
-    """The same for examples that are copies of each other."""
-    return hash(repr((example["rows"], example.get("label"))))
-
-
-def split(examples: list[dict], settings: Settings) -> tuple[list[dict], list[dict]]:
-    """(to learn from, held out): the same part of every label; copies stay together."""
-    piles, learn, held, dice = {}, [], [], random.Random(settings.split_seed)
-    for example in examples:
-        piles.setdefault(example.get("label", 0), []).append(example)
-    least = min(map(len, piles.values()), default=0) if settings.balance else None
-    for _, pile in sorted(piles.items()):
-        dice.shuffle(pile)
-        pile, copies = pile[:least], {}
-        for example in pile:
-            copies.setdefault(content_of(example), []).append(example)
-        room = min(len(copies) - 1, max(1, round(settings.hold_out * len(pile))))
-        room = 0 if settings.val else room
-        for group in copies.values():
-            side = held if len(group) <= room else learn
-            side += group
-            room -= len(group) if side is held else 0
-    dice.shuffle(learn)
-    dice.shuffle(held)
-    return learn, held
-
-
 def check_settings(settings: Settings, given: set[str]) -> None:
     """ValueError for flags that do not go together, before any work."""
     if not (settings.init_from and (settings.task or settings.merge)):
@@ -914,7 +887,8 @@ def finetune(settings: Settings, given: set[str]) -> None:
                 run.say(f"stopped after step {step}; to go on:  "
                         f"python finetune.py --resume {run.out}")
                 raise SystemExit(128 + stop)
-    run.say(task.sample(held[:settings.samples]))
+    if settings.keep == "last" or best["step"] == step:                 # else it is not what is kept
+        run.say(task.sample(held[:settings.samples]))
     after = best["measures"] if settings.keep == "best" else task.measures(held_out)
     save()
     if settings.keep == "best":

@@ -16,8 +16,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import tokenizer as text
-from checkpoints import (MODELS, check_vocabulary, eos_tokens, identify, load_checkpoint, locate,
-                         read_json, read_pickle, readable)
+from checkpoints import (MODELS, check_vocabulary, eos_tokens, identify, innermost,
+                         load_checkpoint, locate, read_json, read_pickle, readable)
 from lora import adapter_folder, adapters, find_base, load_adapter
 from plan import free_bytes
 from process import choose_device
@@ -90,7 +90,7 @@ class Place:
                 chosen[name] = stated.get(name, default)
                 if name in stated and not possible(name, chosen[name]):
                     flag = f"--{name.replace('_', '-')}"
-                    raise ValueError(f"{file}: {name} is {chosen[name]!r}, it must be "
+                    raise ValueError(f"{file}: {name} is {repr(chosen[name])[:40]}, it must be "
                                      f"{LIMITS[name]}; {flag} decides otherwise")
         return chosen, note
 
@@ -110,9 +110,8 @@ def choose_format(folder: Path, tokenizer, asked: str | None) -> tuple[str | Non
         return None if asked == "none" else asked, f"--chat {asked}"
     if "chat_format" in config:
         return own, f"its tokenizer_config.json says chat_format {json.dumps(own)}"
-    if "chat_template" in config or (folder / "chat_template.jinja").exists():
-        return own, "it has a chat template" + (
-            "" if own else ", but of no format known here; --chat takes one of them")
+    if tokenizer.chat_reason:                # it has a chat template: see templates.choose_format
+        return own, tokenizer.chat_reason + ("" if own else "; --chat takes a known one")
     if own and len(stated_eos(folder)) > 1:
         return own, "its configs name several ids that end a text"
     if own and (folder / "params.json").exists():
@@ -151,10 +150,8 @@ def stored_tensors(file: Path) -> dict[str, torch.Tensor]:
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
         return load_file(file)
-    content = read_pickle(file)
-    for name in ("model", "state_dict", "model_state_dict", "module"):  # what trainers put around
-        content = content[name] if isinstance(content.get(name), dict) else content
-    return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    return {name: tensor for name, tensor in innermost(read_pickle(file)).items()
+            if isinstance(tensor, torch.Tensor)}
 
 
 class Shapes(TorchFunctionMode):
@@ -204,8 +201,9 @@ def describe(path: Path, tell):
         files, stored, count, kinds = weight_files(path), {}, 0, Counter()
         size = sum(file.stat().st_size for file in files)
         names = [file.relative_to(folder).as_posix() for file in files]
-        tell("weights", f"{gb(size)} in {plural(len(files), 'file')}: {', '.join(names[:3])}"
-             + (", ..." if names[3:] else ""))
+        if files:                            # else loading says what is missing
+            tell("weights", f"{gb(size)} in {plural(len(files), 'file')}: {', '.join(names[:3])}"
+                 + (", ..." if names[3:] else ""))
         for file in files:
             stored |= (new := stored_tensors(file))
             count += len(new)
@@ -213,7 +211,9 @@ def describe(path: Path, tell):
                 if tensor.is_floating_point() or tensor.dtype == torch.int8:      # no masks
                     kinds[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
     shares = [f"{kind} ({n / kinds.total():.1%} of the numbers)" for kind, n in kinds.most_common()]
-    tell("stored as", f"{plural(count, 'tensor')}, {', '.join(shares if shares[1:] else kinds)}")
+    told = ", ".join([plural(count, "tensor"), *(shares if shares[1:] else kinds)])
+    if files:
+        tell("stored as", told)
     model = load_shapes(path, stored)
     weights, context = list(model.parameters()), model.config.context
     tell("sizes", f"{sum(p.numel() for p in weights):,} parameters: {model.config}")

@@ -13,13 +13,9 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
     LN(x) = (x - mean(x)) / √(var(x) + ε) * weight + bias           over the channels
     GELU(x) = x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))              close to x Φ(x)
 
-The other models of this project are best read as departures from this one. What they change:
-
-* positions are learned vectors, added once at the bottom: there are none beyond `n_positions`;
-* LayerNorm (mean, variance, bias) before each half of a block, and once at the end;
-* every head has keys and values of its own;
-* the MLP is one GELU between two matrices, four times as wide as the residual stream;
-* the head is the token table again (tied weights).
+The other models of this project are best read as departures from this one. They change its learned
+positions (there are none beyond `n_positions`), its LayerNorm, its heads with keys and values each
+of their own, its MLP of one GELU, and the head that is the token table again (tied weights).
 
     B batch   T time   C channels (n_embd)   H heads   D head size   L layers   V vocabulary
     M cache capacity in tokens
@@ -116,8 +112,9 @@ class Attention(nn.Module):
 
     def forward(self, x, mask, cache):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.heads, -1).transpose(1, 3).unbind(2)
-        if cache is not None:                                           # each (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.heads, -1)
+        q, k, v = qkv.transpose(1, 3).unbind(2)                         # (B, H, T, D)
+        if cache is not None:
             keys, values, place = cache
             k, v = store(keys, place, k), store(values, place, v)       # (B, H, slots, D)
         y = F.scaled_dot_product_attention(

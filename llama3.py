@@ -173,13 +173,12 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values, place = cache
             k, v = store(keys, place, k), store(values, place, v)               # (B, K, slots, D)
-        if T == 1:                           # heads that share a key are rows of one query: with
-            q = q.reshape(B, self.kv_heads, -1, q.shape[-1])    # enable_gqa, bf16 is 10x slower
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,             # on CPUs
-                                           is_causal=mask is None and T > 1,
-                                           enable_gqa=q.shape[1] != k.shape[1])
-        y = y.reshape(B, self.heads, T, -1).transpose(1, 2)                     # (B, T, H, D)
-        return self.o_proj(y.reshape(B, T, -1))
+        if T == 1:         # heads that share a key are rows of one query; enable_gqa is 10x slower
+            q = q.reshape(B, self.kv_heads, -1, q.shape[-1])                    # (B, K, H/K, D)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+            enable_gqa=q.shape[1] != k.shape[1]).reshape(B, self.heads, T, -1)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
         # --- end of attend ---
 
 

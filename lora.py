@@ -148,9 +148,14 @@ def find_base(folder: Path, asked: str | None = None) -> Path:
     except (OSError, ValueError):            # a repository that cannot be had
         base = None
     if not (base and base.exists()):
-        raise FileNotFoundError(f"--base {asked} does not exist" if asked else f"{folder} is an "
-                                f"adapter of {stated}, which is not there: --base DIR names the "
-                                "place where it is now")
+        raise FileNotFoundError(
+            f"--base {asked} does not exist" if asked else
+            f"{folder} is an adapter of {stated}, which is not there: --base DIR names the place "
+            "where it is now" if stated else
+            f"{folder} is an adapter that does not say of what: --base DIR names its base")
+    if adapter_folder(base):
+        raise ValueError(f"{folder} is an adapter of {base}, which is one itself: merge that, "
+                         f"python finetune.py --merge --init-from {base} --out NEW, and --base NEW")
     return base
 
 

@@ -31,7 +31,7 @@ SHAPES = (
     Shape(12, 768, 512, 16384, 65536),
     Shape(12, 768, 1024, 32768, 262144),
 )
-STEPS = 1000                                 # fewer do not pay for a larger shape
+STEPS = 600                                  # fewer do not pay for a larger shape
 EPOCHS = 8                                   # more passes over a text teach little
 BYTES = 3                                    # of text in a token, before there is a tokenizer
 

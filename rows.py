@@ -139,12 +139,15 @@ def conversation(row: dict, reply: str | None = None, notices: Notices | None = 
         if left.get(key):
             messages = with_system(messages, string(left, key), key)
             del left[key]
-    if left.get("tools") not in (*EMPTY, "[]"):
+    tools = from_json(left.pop("tools", None))
+    if tools not in EMPTY:
+        if not isinstance(tools, list):
+            raise ValueError(f'"tools" is {tools!r:.80}: a list is needed')
         if not messages or messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": ""})
-        messages[0]["tools"] = list_of_tools(left["tools"])
+        messages[0]["tools"] = tools
     notices.ignore(key for key, value in left.items()
-                   if key not in ("tools", *WEIGHTS) and value not in EMPTY)
+                   if key not in WEIGHTS and value not in EMPTY)
     return messages
 
 
@@ -175,13 +178,16 @@ def turns(row: dict, key: str, role: str, notices: Notices) -> list[dict]:
     """The messages under a key, which is taken out of the row: a text, by this role; a message; a
     list of messages, of texts by turns, or (history) of pairs of texts."""
     value = row.pop(key)
-    if isinstance(value, str):
+    if key in (*CHATS, "history"):
+        value = from_json(value)
+    elif isinstance(value, str):
         return [{"role": role, "content": value}]
     found = [value] if isinstance(value, dict) else value
     if key == "history" and isinstance(found, list):
         found = [turn for pair in found for turn in (pair if isinstance(pair, list) else [pair])]
     if not isinstance(found, list):
-        raise ValueError(f'"{key}" is {value!r:.80}: a text or a list of messages is needed')
+        wanted = "" if key in (*CHATS, "history") else "a text or "
+        raise ValueError(f'"{key}" is {value!r:.80}: {wanted}a list of messages is needed')
     if role == "user" and all(isinstance(turn, str) for turn in found):
         return [{"role": ("user", "assistant")[n % 2], "content": turn}
                 for n, turn in enumerate(found)]
@@ -236,13 +242,17 @@ def with_system(messages: list[dict], system: str, key: str) -> list[dict]:
     return messages
 
 
-def list_of_tools(value) -> list:
-    """Tools, which some data sets have as JSON inside JSON."""
-    with contextlib.suppress(ValueError, TypeError):
-        value = json.loads(value)
-    if not isinstance(value, list):
-        raise ValueError(f'"tools" is {value!r:.80}: a list is needed')
+def from_json(value):
+    """A list that some data sets have as JSON inside JSON, or in a column of a table."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
     return value
+
+
+def excluded(row: dict) -> bool:
+    """Whether a row of prompt and reply says itself that it is not to be learnt."""
+    return bool({*SHAPES, "chosen"} & row.keys()) and weight_of(row) == 0
 
 # ------------------------------------------------------------------------------- messages to tokens
 
@@ -331,9 +341,38 @@ def all_labels(rows: list[dict], notices: Notices) -> list[str]:
                             + data.shorten(once))
     return sorted(found.most_common(1)[0][0] for found in spellings.values())
 
+# --------------------------------------------------------------------------------- what is held out
+
+
+def content_of(example: dict) -> int:
+    """The same for examples that are copies of each other."""
+    return hash(repr((example["rows"], example.get("label"))))
+
+
+def split(examples: list[dict], settings) -> tuple[list[dict], list[dict]]:
+    """(to learn from, held out): the same part of every label; copies stay together."""
+    piles, learn, held, dice = {}, [], [], random.Random(settings.split_seed)
+    for example in examples:
+        piles.setdefault(example.get("label", 0), []).append(example)
+    least = min(map(len, piles.values()), default=0) if settings.balance else None
+    for _, pile in sorted(piles.items()):
+        dice.shuffle(pile)
+        pile, copies = pile[:least], {}
+        for example in pile:
+            copies.setdefault(content_of(example), []).append(example)
+        room = min(len(copies) - 1, max(1, round(settings.hold_out * len(pile))))
+        room = 0 if settings.val else room
+        for group in copies.values():
+            side = held if len(group) <= room else learn
+            side += group
+            room -= len(group) if side is held else 0
+    dice.shuffle(learn)
+    dice.shuffle(held)
+    return learn, held
+
 # ------------------------------------------------------------------------------------ rows of files
 
-TABLES = {".csv": ",;\t", ".tsv": "\t", ".tab": "\t", "": "\t,;"}     # the first that is there
+TABLES = {".csv": ",;\t|", ".tsv": "\t", ".tab": "\t", "": "\t,;"}     # the first that is there
 INVALID = ascii(data.INVALID)[1:-1]          # as it stands in the repr of a row
 
 def read_rows(paths: list[str], encoding: str | None = None, columns: list[str] = (),

@@ -52,6 +52,7 @@ import itertools
 import json
 import math
 import os
+import re
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -551,7 +552,9 @@ def read_pth(path: Path) -> tuple[RWKV6Config, dict[str, Tensor]]:
         raise ValueError(f"{path} holds {', '.join(file.name for file in files)}: pass one of them")
     tensors = torch.load(files[0], map_location="cpu", weights_only=True,
                          mmap=zipfile.is_zipfile(files[0]))             # no zip before torch 1.6
-    tensors = {name.removeprefix("_forward_module."): tensor            # DeepSpeed's prefix
+    for around in ("module", "model_state_dict", "state_dict", "model"):
+        tensors = tensors.get(around, tensors)
+    tensors = {re.sub(r"^((model|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name): tensor
                for name, tensor in tensors.items()}
     beside = files[0].with_name("config.json")
     stated = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}

@@ -23,9 +23,11 @@ import codecs
 import collections
 import contextlib
 import heapq
+import io
 import itertools
 import json
 import os
+import pickle
 import re
 import sys
 import time
@@ -33,7 +35,10 @@ import unicodedata
 from functools import partial
 from pathlib import Path
 
+import regex                                    # tiktoken depends on it; Python's re knows no \p{L}
 import tiktoken
+
+from templates import Template, choose_format, find_template
 
 END, UNKNOWN = "<|endoftext|>", "\ufffd"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -58,6 +63,438 @@ def clean(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
+
+# ---- tokenizers ----------------------------------------------------------------------------------
+
+class Tokenizer:
+    """What all vocabularies share.
+
+    special_ids  name -> id of control tokens          vocab_size   highest id + 1, with added ones
+    end_id       ends a document                       text_size    the same of what was not added
+    bos_id       begins every text, or None            prefix_ids   begin every text (GLM has two)
+    stop_ids     end a turn or a text                  model_size   tokens of the model, if fewer
+    chat_format  a name in CHAT_FORMATS or None; may be set        chat_reason  why it is that
+    """
+
+    def __init__(self, tokens: dict[int, bytes], special_ids, end_id, bos_id=None, chat_format=None,
+                 files=None, added=(), nfc=False):
+        self.added = AddedTokens(special_ids, added, nfc)
+        self._tokens = tokens | {id: name.encode() for name, id in self.added.ids.items()}
+        self._files: dict[str, bytes] = files or {}  # as read: saving writes them again
+        self.special_ids, self.end_id, self.bos_id = special_ids, end_id, bos_id
+        self.vocab_size, self.text_size = max(self._tokens) + 1, max(tokens) + 1
+        self.config, self.template, self.model_size = {}, None, None    # config: as it was read
+        ends = ("<|eom_id|>", "<|eot_id|>", "<|user|>", "<|observation|>")
+        self.turn_ids = {special_ids[name] for name in ends if name in special_ids}
+        self.chat_format, self.chat_reason = chat_format, None
+
+    @property
+    def chat_format(self):
+        return self._chat_format
+
+    @chat_format.setter
+    def chat_format(self, name):
+        if name is not None and name not in CHAT_FORMATS:
+            raise ValueError(f"chat format {name!r}: known are {', '.join(CHAT_FORMATS)} and None")
+        if name and CHAT_FORMATS[name][3] not in (None, *self.special_ids):
+            raise ValueError(f"chat format {name!r} needs {CHAT_FORMATS[name][3]}, which this "
+                             "vocabulary lacks")
+        if name == "template" and self.template is None:
+            raise ValueError("chat format 'template' needs a chat template beside the tokenizer")
+        if name == "template":
+            self.template.end, written = self.template.find_end(self.added.ids)
+            self.special_ids = self.special_ids | {mark: self.added.ids[mark] for mark in written}
+            for mark in written:           # also where the vocabulary does not call them special
+                self.added.tokens[mark]["special"] = True
+        self._chat_format = name
+
+    @property
+    def stop_ids(self) -> tuple:
+        end = self.special_ids.get(self.template.end) if self.chat_format == "template" else None
+        return tuple(sorted({self.end_id, end, *self.turn_ids} - {None}))
+
+    @property
+    def prefix_ids(self) -> tuple:
+        glm = [self.special_ids[s] for s in ("[gMASK]", "<sop>", "sop") if s in self.special_ids]
+        return tuple(glm) if len(glm) == 2 else () if self.bos_id is None else (self.bos_id,)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of text as data: no control token comes out, and none is added."""
+        ids = []
+        for piece in self.added.split(clean(text)):
+            ids += [piece] if isinstance(piece, int) else self.encode_piece(piece)
+        return self.fitting(ids)
+
+    def encode_piece(self, text: str) -> list[int]:
+        """The ids of text without the tokens that were added to the vocabulary."""
+        raise NotImplementedError
+
+    def fitting(self, ids: list[int]) -> list[int]:
+        """ids; ValueError if one is of a token that was added, and that the model does not have."""
+        if self.model_size is not None and (beyond := max(ids, default=0)) >= self.model_size:
+            raise ValueError(f"{self._tokens[beyond].decode()!r} is token {beyond}, and the model "
+                             f"has {self.model_size}: its tokenizer was enlarged, the model not")
+        return ids
+
+    def encode_part(self, text: str, begins=True, ends=True) -> list[int]:
+        """The ids of a part of a text that was cut after a newline before a non-space."""
+        return self.encode(text)
+
+    def chat_parts(self, messages: list[dict]) -> list[tuple[list[int], bool]]:
+        """[(ids, is_reply), ...] of [{"role", "content"}, ...] in the model's own chat format.
+
+        Ends where the assistant begins to speak, or with the id that ends its turn if the last
+        message is its own; so these parts stay the first parts of what the conversation becomes.
+        ValueError: no chat format, or a message with a role or key that the format does not know.
+        """
+        if self.chat_format is None:
+            raise ValueError("this tokenizer has no chat format: set tokenizer.chat_format to one "
+                             f"of {', '.join(CHAT_FORMATS)}")
+        render, roles, keys, _ = CHAT_FORMATS[self.chat_format]
+        for n, m in enumerate(messages):
+            if (not isinstance(m, dict) or not isinstance(m.get("content"), str)
+                    or m.get("role") not in roles
+                    or any(m[key] and key not in ("role", "content", *keys) for key in m)):
+                raise ValueError(f"message {n} needs a role ({', '.join(roles)}) and content (text)"
+                                 f"{' and may have ' * bool(keys)}{', '.join(keys)} in the format "
+                                 f"{self.chat_format}: {m!r:.150}")
+        if not messages:
+            raise ValueError("a conversation needs at least one message")
+        if self.chat_format == "template":
+            return [(self.fitting(ids), reply)
+                    for ids, reply in self.template.chat_parts(self, messages)]
+        speaks = messages[-1]["role"] != "assistant"
+        reply = [{"role": "assistant", "content": ""}] * speaks
+        parts = [(list(self.prefix_ids), False)]
+        for role, head, body in render(self, [*messages, *reply]):
+            is_reply = role == "assistant"
+            parts += [(head, False), (body, True)] if is_reply else [(head + body, False)]
+        return [(self.fitting(ids), reply) for ids, reply in parts[:-1 if speaks else None] if ids]
+
+    def encode_chat(self, messages: list[dict]) -> list[int]:
+        """The ids of a conversation: the parts of `chat_parts` one after another."""
+        return [id for ids, _ in self.chat_parts(messages) for id in ids]
+
+    def to_bytes(self, ids, start=True) -> bytes:
+        """The bytes of ids; control tokens as their names, ids without text as U+FFFD."""
+        return b"".join(self._tokens.get(id, UNKNOWN.encode()) for id in ids)
+
+    def decode(self, ids) -> str:
+        """The text of ids; what is not valid UTF-8 becomes U+FFFD."""
+        return self.to_bytes(map(int, ids)).decode("utf-8", "replace")
+
+    def stream_decoder(self) -> "StreamDecoder":
+        return StreamDecoder(self)
+
+    def files(self) -> dict[str, bytes]:
+        return self._files
+
+    def saved_files(self, **more) -> dict[str, bytes]:
+        """What `save` writes: the vocabulary as it was read, and tokenizer_config.json."""
+        config = {**self.save_config(), "chat_format": self.chat_format, **more}
+        text = json.dumps(config, ensure_ascii=False, indent=2)
+        return {**self.files(), "tokenizer_config.json": text.encode()}
+
+    def save(self, directory, model_max_length: int | None = None):
+        """Writes the vocabulary in the format it was read from, and tokenizer_config.json."""
+        more = {} if model_max_length is None else {"model_max_length": model_max_length}
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        for name, data in self.saved_files(**more).items():
+            with replacing(Path(directory, name)) as file:
+                file.write(data)
+
+    def save_config(self) -> dict:
+        return self.config
+
+
+class StreamDecoder:
+    """Ids in, text out; the bytes of a character that is not whole yet are held back.
+
+    All that `feed` and at the end `finish` return, joined, is what `decode` returns.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._start = tokenizer, True
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, ids) -> str:
+        """ids: one or several."""
+        ids = [ids] if isinstance(ids, int) else [int(id) for id in ids]
+        data = self._tokenizer.to_bytes(ids, self._start)
+        self._start = self._start and not ids
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", True)
+
+
+WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B)))            # Unicode's White_Space; Python's has \x1c to \x1f too
+
+
+class AddedTokens:
+    """Finds the tokens that were added to a vocabulary in text, as the package `tokenizers` does.
+
+    added: the "added_tokens" of a tokenizer.json. First those are found that are not `normalized`;
+    what is between them is normalized, and then the others are found. Of those that begin at the
+    same place the longest counts. `single_word`: not beside a letter or digit; `lstrip`, `rstrip`:
+    with the white space beside it.
+    """
+
+    def __init__(self, special_ids: dict[str, int], added, nfc: bool):
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        tokens = [{"content": name, "id": id, "special": True} for name, id in special_ids.items()]
+        self.tokens = {token["content"]: flags | token for token in (*tokens, *added)
+                       if token["content"]}
+        self.ids = {name: token["id"] for name, token in self.tokens.items()}
+        self.nfc, self.searches = nfc, []       # (pattern, what it finds -> token)
+        for late in (False, True):
+            names = {self.normalize(name) if late else name: token
+                     for name, token in self.tokens.items() if token["normalized"] == late}
+            pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+            self.searches.append((re.compile(pattern), names))
+
+    def normalize(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text) if self.nfc else text
+
+    def split(self, text: str, special=False):
+        """Yields what text consists of: pieces of it, and ids of added tokens between them.
+
+        special: control tokens too. Without it they are text like any other.
+        """
+        for piece in self.find(text, *self.searches[0], special):
+            if isinstance(piece, int):
+                yield piece
+            else:
+                yield from self.find(self.normalize(piece), *self.searches[1], special)
+
+    def find(self, text, pattern, tokens, special):
+        at = 0
+        wanted = any(special or not token["special"] for token in tokens.values())
+        for found in pattern.finditer(text) if wanted else ():
+            token, (start, end) = tokens[found[0]], found.span()
+            beside = text[max(start - 1, 0):start] + text[end:end + 1]
+            if (token["special"] and not special
+                    or token["single_word"] and regex.search(r"\w", beside)):
+                continue
+            if token["lstrip"]:
+                start = at + len(text[at:start].rstrip(WHITE))
+            if token["rstrip"]:
+                end = len(text) - len(text[end:].lstrip(WHITE))
+            if start > at:
+                yield text[at:start]
+            yield token["id"]
+            at = end
+        if at < len(text):
+            yield text[at:]
+
+
+class ByteBPE(Tokenizer):
+    """Byte-level BPE, run by tiktoken: GPT-2, Llama 3, GLM-4, GPT-NeoX, our own.
+
+    ranks    token -> id; the lower merges first (ids, if given, turns ranks into other ids)
+    pattern  cuts text into pieces, each of which is merged by itself
+    merges   [(left, right), ...], for saving; None: every pair that makes a token is a merge
+    added    the "added_tokens" of a tokenizer.json: those not special are found in text
+
+    tiktoken looks a whole piece up before it merges, as Llama 3 needs: 588 of its tokens cannot be
+    reached by merging. Meta's code also cuts texts of 400,000 characters and runs of 25,000 spaces
+    or non-spaces, which changes ids there. We do not, like transformers: so a text packed in parts
+    has the ids of the whole.
+    """
+
+    RUN = 50_000  # characters: endless white space overflows the stack of tiktoken's regex engine
+
+    def __init__(self, ranks, pattern, special_ids, end_id=None, bos_id=None, chat_format=None, *,
+                 merges=None, ids=None, added=(), nfc=False, files=None):
+        self._ranks, self._pattern, self._merges, self._ids = ranks, pattern, merges, ids
+        if len({*ranks.values()}) < len(ranks):             # tiktoken would abort at both of these
+            raise ValueError("two tokens of the vocabulary have the same id")
+        if missing := [byte for byte in UTF8_BYTES if bytes([byte]) not in ranks]:
+            raise ValueError(f"the vocabulary has no token for byte {missing[0]}")
+        self._bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks,
+                                      special_tokens={})
+        tokens = {ids[rank] if ids else rank: token for token, rank in ranks.items()}
+        super().__init__(tokens, special_ids, end_id, bos_id, chat_format, files, added, nfc)
+
+    def encode_piece(self, text):
+        ids, start = [], 0
+        for end in range(self.RUN, len(text), self.RUN):
+            if text[end - self.RUN:end].isspace():
+                ids += self._bpe.encode_ordinary(text[start:end])
+                start = end
+        ids += self._bpe.encode_ordinary(text[start:])
+        return [self._ids[id] for id in ids] if self._ids else ids
+
+    def encode_part(self, text, begins=True, ends=True):
+        # The patterns look ahead: white space is cut otherwise at the end of a text than before a
+        # word. After a newline "x" is a piece of its own, and one token, in all of them.
+        return self.encode(text) if ends or text[-1:] != "\n" else self.encode(text + "x")[:-1]
+
+    def _all_merges(self):
+        rank = self._ranks
+        for token in sorted(rank, key=rank.get):
+            pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+            yield from sorted((pair for pair in pairs if pair[0] in rank and pair[1] in rank),
+                              key=lambda pair: (rank[pair[0]], rank[pair[1]]))
+
+    def files(self):
+        """tokenizer.json, which transformers and `tokenizers` open to the same ids."""
+        if self._files:
+            return self._files
+        text = {token: "".join(map(STAND_IN.get, token)) for token in self._ranks}
+        merges = self._all_merges() if self._merges is None else self._merges
+        level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+        split = dict(type="Split", pattern={"Regex": self._pattern}, behavior="Isolated",
+                     invert=False)
+        data = dict(
+            version="1.0", truncation=None, padding=None, normalizer=None, decoder=level,
+            added_tokens=[*self.added.tokens.values()],
+            pre_tokenizer=dict(type="Sequence", pretokenizers=[split, level]), post_processor=None,
+            model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
+                       end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
+                       ignore_merges=self._merges is None,
+                       vocab={text[token]: id for token, id in self._ranks.items()},
+                       merges=[f"{text[a]} {text[b]}" for a, b in merges]))
+        return {"tokenizer.json": json.dumps(data, ensure_ascii=False).encode()}
+
+    def save_config(self):
+        name = {id: name for name, id in self.special_ids.items()}
+        bos = name.get(self.bos_id if self.prefix_ids else self.end_id)  # the latter like GPT-2
+        kept = {key: self.config[key] for key in ("eos_token", "bos_token", "chat_template")
+                if key in self.config}
+        return {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name.get(self.end_id),
+                "bos_token": bos, "clean_up_tokenization_spaces": False, **kept}
+
+
+class Bytes(ByteBPE):
+    """One id a byte, and 256 for the end of a document."""
+
+    def __init__(self):
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        super().__init__(ranks, GPT4_PATTERN, {END: 256}, 256, merges=[])
+
+    def encode_piece(self, text):
+        return list(text.encode())
+
+
+class World(Tokenizer):
+    """RWKV World: the longest token that fits, from the left. Id 0, not in the file, ends text."""
+
+    def __init__(self, data: bytes, name: str):
+        self._find, lengths = {}, collections.defaultdict(set)  # first four bytes -> lengths to try
+        for n, line in enumerate(data.rstrip().split(b"\n"), 1):
+            try:
+                id, literal, length = re.fullmatch(r"(\d+) (.*) (\d+)\r?", line.decode()).groups()
+                token = ast.literal_eval(literal)
+                token = token.encode() if isinstance(token, str) else token
+                if len(token) != int(length):
+                    raise ValueError
+            except (ValueError, SyntaxError, AttributeError, TypeError):
+                raise ValueError(f"{name}, line {n}: not `id literal length`: {line[:60]!r}"
+                                 ) from None
+            self._find[token] = int(id)
+            lengths[token[:4]].add(len(token))
+        if not all(bytes([byte]) in self._find for byte in range(256)):
+            raise ValueError(f"{name}: single bytes are missing in this vocabulary")
+        self._lengths = {start: (*sorted(sizes, reverse=True), 3, 2, 1)
+                         for start, sizes in lengths.items()}
+        tokens = {id: token for token, id in self._find.items()}
+        super().__init__(tokens, {}, 0, None, "world", {name: data})
+        self.special_ids = {END: 0}  # its text stays U+FFFD, as in the official code
+        self.added = AddedTokens(self.special_ids, (), False)
+        self._blank = [id for token, id in self._find.items() if b"\n\n" in token]
+
+    @property
+    def stop_ids(self):
+        return (0, *sorted(self._blank)) if self.chat_format == "world" else (0,)
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        find, lengths, ids, at, end = self._find, self._lengths, [], 0, len(data)
+        while at < end:
+            for length in lengths.get(data[at:at + 4], (3, 2, 1)):
+                id = find.get(data[at:at + length])
+                if id is not None:
+                    break
+            ids.append(id)
+            at += length
+        return ids
+
+    def encode_piece(self, text):
+        return self.encode_bytes(text.encode())
+
+
+class SentencePiece(Tokenizer):
+    """SentencePiece BPE: ChatGLM3, with nine control tokens after it; Llama 2, TinyLlama, Mistral.
+    Each text that is encoded gets a "▁" (a space) in front, which decoding takes away. "▁" itself
+    decodes to a space. chatglm: None where nothing tells; then the number of pieces does."""
+
+    def __init__(self, data: bytes, name: str, chatglm: bool | None = True, added=()):
+        try:
+            import sentencepiece
+            self._model = model = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except ImportError:
+            raise ImportError(f"{name} needs the package: pip install sentencepiece") from None
+        except RuntimeError:
+            raise ValueError(f"{name} is neither tiktoken's nor SentencePiece's format") from None
+        tokens, specials = {}, {}
+        for id in range(model.get_piece_size()):
+            piece = model.id_to_piece(id)
+            silent = model.is_control(id) or model.is_unknown(id)
+            specials |= {piece: id} if silent else {}
+            tokens[id] = (bytes([int(piece[3:5], 16)]) if model.is_byte(id)
+                          else b"" if silent else piece.replace("▁", " ").encode())
+        bos, chat, files = model.bos_id(), None, {"tokenizer.model": data}
+        if chatglm or chatglm is None and len(tokens) == 64_789:
+            names = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *(f"<|{r}|>" for r in GLM_ROLES))
+            specials = {name: len(tokens) + n for n, name in enumerate(names)}
+            bos, chat, added = None, "chatglm3", ()
+        specials |= {token["content"]: token["id"] for token in added if token["special"]}
+        super().__init__(tokens, specials, model.eos_id(), bos, chat, files, added)
+
+    def encode_piece(self, text):
+        return self._model.encode(text)
+
+    def encode_part(self, text, begins=True, ends=True):
+        # A newline is a byte here: nothing merges across it.
+        return self.encode(text) if begins else self.encode("\n" + text)[len(self.encode("\n")):]
+
+    def to_bytes(self, ids, start=True):
+        ids = list(ids)
+        data = super().to_bytes(ids)
+        return data[1:] if start and ids and self._tokens.get(ids[0], b"")[:1] == b" " else data
+
+
+class Characters(Tokenizer):
+    """meta.pkl of nanoGPT's first example: a token for each character that its text had."""
+
+    def __init__(self, data: bytes, name: str):
+        try:
+            self._find = PlainUnpickler(io.BytesIO(data)).load()["stoi"]
+            tokens = {id: char.encode() for char, id in self._find.items()}
+            if not all(type(id) is int and id >= 0 for id in tokens) or not tokens:
+                raise ValueError("it maps no characters to numbers")
+        except (pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError,
+                AttributeError) as error:
+            raise ValueError(f"{name} is no meta.pkl of nanoGPT, or damaged; nothing in it was "
+                             f"executed: {error}") from None
+        super().__init__(tokens, {}, None, files={name: data})
+
+    def encode_piece(self, text):
+        if unknown := {*text} - {*self._find}:
+            raise ValueError(f"this vocabulary of {len(self._find)} characters has no "
+                             f"{min(unknown)!r}")
+        return [self._find[char] for char in text]
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings and numbers; whatever would need a class or a function raises."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+# ---- reading vocabularies ------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def replacing(path):
@@ -87,331 +524,11 @@ def read_json(path) -> dict:
         raise ValueError(f"{path} holds no JSON object: {error}") from None
 
 
-# ---- tokenizers ----------------------------------------------------------------------------------
-
-class Tokenizer:
-    """What all vocabularies share.
-
-    special_ids  name -> id of control tokens          vocab_size   highest id + 1, with specials
-    end_id       ends a document                       bos_id       begins every text, or None
-    stop_ids     end a turn or a text                  prefix_ids   begin every text (GLM has two)
-    chat_format  a name in CHAT_FORMATS or None; may be set
-    """
-
-    def __init__(self, tokens: dict[int, bytes], special_ids, end_id, bos_id=None, chat_format=None,
-                 files=None):
-        self._tokens = tokens | {id: name.encode() for name, id in special_ids.items()}
-        self._files: dict[str, bytes] = files or {}  # as read: saving writes them again
-        self.special_ids, self.end_id, self.bos_id = special_ids, end_id, bos_id
-        self.vocab_size, self.config = max(self._tokens) + 1, {}  # tokenizer_config.json as read
-        ends = ("<|eom_id|>", "<|eot_id|>", "<|user|>", "<|observation|>")
-        self.turn_ids = {special_ids[name] for name in ends if name in special_ids}
-        self.chat_format = chat_format
-
-    @property
-    def chat_format(self):
-        return self._chat_format
-
-    @chat_format.setter
-    def chat_format(self, name):
-        if name is not None and name not in CHAT_FORMATS:
-            raise ValueError(f"chat format {name!r}: known are {', '.join(CHAT_FORMATS)} and None")
-        if name and CHAT_FORMATS[name][3] not in (None, *self.special_ids):
-            raise ValueError(f"chat format {name!r} needs {CHAT_FORMATS[name][3]}, which this "
-                             "vocabulary lacks")
-        self._chat_format = name
-
-    @property
-    def stop_ids(self) -> tuple:
-        return tuple(sorted({self.end_id, *self.turn_ids} - {None}))
-
-    @property
-    def prefix_ids(self) -> tuple:
-        glm = [self.special_ids[s] for s in ("[gMASK]", "<sop>", "sop") if s in self.special_ids]
-        return tuple(glm) if len(glm) == 2 else () if self.bos_id is None else (self.bos_id,)
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of text as data: no control token comes out, and none is added."""
-        raise NotImplementedError
-
-    def encode_part(self, text: str, begins=True, ends=True) -> list[int]:
-        """The ids of a part of a text that was cut after a newline before a non-space."""
-        return self.encode(text)
-
-    def chat_parts(self, messages: list[dict]) -> list[tuple[list[int], bool]]:
-        """[(ids, is_reply), ...] of [{"role", "content"}, ...] in the model's own chat format.
-
-        Ends where the assistant begins to speak, or with the id that ends its turn if the last
-        message is its own; so these parts stay the first parts of what the conversation becomes.
-        ValueError: no chat format, or a message with a role or key that the format does not know.
-        """
-        if self.chat_format is None:
-            raise ValueError("this tokenizer has no chat format: set tokenizer.chat_format to one "
-                             f"of {', '.join(CHAT_FORMATS)}")
-        render, roles, keys, _ = CHAT_FORMATS[self.chat_format]
-        for n, m in enumerate(messages):
-            if (not isinstance(m, dict) or not isinstance(m.get("content"), str)
-                    or m.get("role") not in roles
-                    or any(m[key] and key not in ("role", "content", *keys) for key in m)):
-                raise ValueError(f"message {n} needs a role ({', '.join(roles)}) and content (text)"
-                                 f"{' and may have ' * bool(keys)}{', '.join(keys)} in the format "
-                                 f"{self.chat_format}: {m!r:.150}")
-        if not messages:
-            raise ValueError("a conversation needs at least one message")
-        speaks = messages[-1]["role"] != "assistant"
-        reply = [{"role": "assistant", "content": ""}] * speaks
-        parts = [(list(self.prefix_ids), False)]
-        for role, head, body in render(self, [*messages, *reply]):
-            is_reply = role == "assistant"
-            parts += [(head, False), (body, True)] if is_reply else [(head + body, False)]
-        return [part for part in (parts[:-1] if speaks else parts) if part[0]]
-
-    def encode_chat(self, messages: list[dict]) -> list[int]:
-        """The ids of a conversation: the parts of `chat_parts` one after another."""
-        return [id for ids, _ in self.chat_parts(messages) for id in ids]
-
-    def to_bytes(self, ids, start=True) -> bytes:
-        """The bytes of ids; control tokens as their names, ids without text as U+FFFD."""
-        return b"".join(self._tokens.get(id, UNKNOWN.encode()) for id in ids)
-
-    def decode(self, ids) -> str:
-        """The text of ids; what is not valid UTF-8 becomes U+FFFD."""
-        return self.to_bytes(map(int, ids)).decode("utf-8", "replace")
-
-    def stream_decoder(self) -> "StreamDecoder":
-        return StreamDecoder(self)
-
-    def files(self) -> dict[str, bytes]:
-        return self._files
-
-    def save(self, directory, model_max_length: int | None = None):
-        """Writes the vocabulary in the format it was read from, and tokenizer_config.json."""
-        config = {**self.save_config(), "chat_format": self.chat_format}
-        if model_max_length is not None:
-            config["model_max_length"] = model_max_length
-        text = json.dumps(config, ensure_ascii=False, indent=2)
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        for name, data in {**self.files(), "tokenizer_config.json": text.encode()}.items():
-            with replacing(Path(directory, name)) as file:
-                file.write(data)
-
-    def save_config(self) -> dict:
-        return self.config
-
-
-class StreamDecoder:
-    """Ids in, text out; the bytes of a character that is not whole yet are held back.
-
-    All that `feed` and at the end `finish` return, joined, is what `decode` returns.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._start = tokenizer, True
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, ids) -> str:
-        """ids: one or several."""
-        ids = [ids] if isinstance(ids, int) else [int(id) for id in ids]
-        data = self._tokenizer.to_bytes(ids, self._start)
-        self._start = self._start and not ids
-        return self._utf8.decode(data)
-
-    def finish(self) -> str:
-        return self._utf8.decode(b"", True)
-
-
-class ByteBPE(Tokenizer):
-    """Byte-level BPE, run by tiktoken: GPT-2, Llama 3, GLM-4, GPT-NeoX, our own.
-
-    ranks    token -> id; the lower merges first (ids, if given, turns ranks into other ids)
-    pattern  cuts text into pieces, each of which is merged by itself
-    merges   [(left, right), ...], for saving; None: every pair that makes a token is a merge
-    added    text -> id of added tokens that are *not* special: they are found in text
-
-    tiktoken looks a whole piece up before it merges, as Llama 3 needs: 588 of its tokens cannot be
-    reached by merging. Meta's code also cuts texts of 400,000 characters and runs of 25,000 spaces
-    or non-spaces, which changes ids there. We do not, like transformers: so a text packed in parts
-    has the ids of the whole.
-    """
-
-    RUN = 50_000  # characters: endless white space overflows the stack of tiktoken's regex engine
-
-    def __init__(self, ranks, pattern, special_ids, end_id=None, bos_id=None, chat_format=None, *,
-                 merges=None, ids=None, added=None, nfc=False, files=None):
-        self._ranks, self._pattern, self._merges, self._ids = ranks, pattern, merges, ids
-        self._added, self._nfc = added or {}, nfc
-        if len({*ranks.values()}) < len(ranks):             # tiktoken would abort at both of these
-            raise ValueError("two tokens of the vocabulary have the same id")
-        if missing := [byte for byte in UTF8_BYTES if bytes([byte]) not in ranks]:
-            raise ValueError(f"the vocabulary has no token for byte {missing[0]}")
-        words = sorted(self._added, key=len, reverse=True)  # the longest that begins here wins
-        self._find_added = re.compile("|".join(map(re.escape, words))) if words else None
-        self._bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks,
-                                      special_tokens={})
-        tokens = {ids[rank] if ids else rank: token for token, rank in ranks.items()}
-        tokens |= {id: text.encode() for text, id in self._added.items()}
-        super().__init__(tokens, special_ids, end_id, bos_id, chat_format, files)
-
-    def _encode(self, text):
-        ids, start = [], 0
-        for end in range(self.RUN, len(text), self.RUN):
-            if text[end - self.RUN:end].isspace():
-                ids += self._bpe.encode_ordinary(text[start:end])
-                start = end
-        ids += self._bpe.encode_ordinary(text[start:])
-        return [self._ids[id] for id in ids] if self._ids else ids
-
-    def encode(self, text):
-        text = unicodedata.normalize("NFC", clean(text)) if self._nfc else clean(text)
-        if not self._find_added:
-            return self._encode(text)
-        ids, start = [], 0
-        for found in self._find_added.finditer(text):
-            ids += self._encode(text[start:found.start()]) + [self._added[found[0]]]
-            start = found.end()
-        return ids + self._encode(text[start:])
-
-    def encode_part(self, text, begins=True, ends=True):
-        # The patterns look ahead: white space is cut otherwise at the end of a text than before a
-        # word. After a newline "x" is a piece of its own, and one token, in all of them.
-        return self.encode(text) if ends or text[-1:] != "\n" else self.encode(text + "x")[:-1]
-
-    def _all_merges(self):
-        rank = self._ranks
-        for token in sorted(rank, key=rank.get):
-            pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-            yield from sorted((pair for pair in pairs if pair[0] in rank and pair[1] in rank),
-                              key=lambda pair: (rank[pair[0]], rank[pair[1]]))
-
-    def files(self):
-        """tokenizer.json, which transformers and `tokenizers` open to the same ids."""
-        if self._files:
-            return self._files
-        text = {token: "".join(map(STAND_IN.get, token)) for token in self._ranks}
-        merges = self._all_merges() if self._merges is None else self._merges
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-        split = dict(type="Split", pattern={"Regex": self._pattern}, behavior="Isolated",
-                     invert=False)
-        data = dict(
-            version="1.0", truncation=None, padding=None, normalizer=None, decoder=level,
-            added_tokens=[dict(id=id, content=name, **flags, special=True)
-                          for name, id in self.special_ids.items()],
-            pre_tokenizer=dict(type="Sequence", pretokenizers=[split, level]), post_processor=None,
-            model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
-                       end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
-                       ignore_merges=self._merges is None,
-                       vocab={text[token]: id for token, id in self._ranks.items()},
-                       merges=[f"{text[a]} {text[b]}" for a, b in merges]))
-        return {"tokenizer.json": json.dumps(data, ensure_ascii=False).encode()}
-
-    def save_config(self):
-        name = {id: name for name, id in self.special_ids.items()}
-        bos = name.get(self.bos_id if self.prefix_ids else self.end_id)  # the latter like GPT-2
-        kept = {key: self.config[key] for key in ("chat_template",) if key in self.config}
-        return {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name.get(self.end_id),
-                "bos_token": bos, "clean_up_tokenization_spaces": False, **kept}
-
-
-class Bytes(ByteBPE):
-    """One id a byte, and 256 for the end of a document."""
-
-    def __init__(self):
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        super().__init__(ranks, GPT4_PATTERN, {END: 256}, 256, merges=[])
-
-    def encode(self, text):
-        return list(clean(text).encode())
-
-
-class World(Tokenizer):
-    """RWKV World: the longest token that fits, from the left. Id 0, not in the file, ends text."""
-
-    def __init__(self, data: bytes, name: str):
-        self._find, lengths = {}, collections.defaultdict(set)  # first four bytes -> lengths to try
-        for n, line in enumerate(data.rstrip().split(b"\n"), 1):
-            try:
-                id, literal, length = re.fullmatch(r"(\d+) (.*) (\d+)\r?", line.decode()).groups()
-                token = ast.literal_eval(literal)
-                token = token.encode() if isinstance(token, str) else token
-                if len(token) != int(length):
-                    raise ValueError
-            except (ValueError, SyntaxError, AttributeError, TypeError):
-                raise ValueError(f"{name}, line {n}: not `id literal length`: {line[:60]!r}"
-                                 ) from None
-            self._find[token] = int(id)
-            lengths[token[:4]].add(len(token))
-        if not all(bytes([byte]) in self._find for byte in range(256)):
-            raise ValueError(f"{name}: single bytes are missing in this vocabulary")
-        self._lengths = {start: (*sorted(sizes, reverse=True), 3, 2, 1)
-                         for start, sizes in lengths.items()}
-        tokens = {id: token for token, id in self._find.items()}
-        super().__init__(tokens, {}, 0, None, "world", {name: data})
-        self.special_ids = {END: 0}  # its text stays U+FFFD, as in the official code
-        self._blank = [id for token, id in self._find.items() if b"\n\n" in token]
-
-    @property
-    def stop_ids(self):
-        return (0, *sorted(self._blank)) if self.chat_format == "world" else (0,)
-
-    def encode_bytes(self, data: bytes) -> list[int]:
-        find, lengths, ids, at, end = self._find, self._lengths, [], 0, len(data)
-        while at < end:
-            for length in lengths.get(data[at:at + 4], (3, 2, 1)):
-                id = find.get(data[at:at + length])
-                if id is not None:
-                    break
-            ids.append(id)
-            at += length
-        return ids
-
-    def encode(self, text):
-        return self.encode_bytes(clean(text).encode())
-
-
-class SentencePiece(Tokenizer):
-    """ChatGLM3: SentencePiece BPE with nine control tokens after it. Each text that is encoded gets
-    a "▁" (a space) in front, which decoding takes away. "▁" itself decodes to a space."""
-
-    def __init__(self, data: bytes, name: str):
-        try:
-            import sentencepiece
-            self._model = model = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except ImportError:
-            raise ImportError(f"{name} needs the package: pip install sentencepiece") from None
-        except RuntimeError:
-            raise ValueError(f"{name} is neither tiktoken's nor SentencePiece's format") from None
-        tokens = {}
-        for id in range(model.get_piece_size()):
-            piece = model.id_to_piece(id)
-            tokens[id] = (bytes([int(piece[3:5], 16)]) if model.is_byte(id)
-                          else b"" if model.is_control(id) or model.is_unknown(id)
-                          else piece.replace("▁", " ").encode())
-        names = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *(f"<|{r}|>" for r in GLM_ROLES))
-        specials = {name: len(tokens) + n for n, name in enumerate(names)}
-        super().__init__(tokens, specials, model.eos_id(), None, "chatglm3",
-                         {"tokenizer.model": data})
-
-    def encode(self, text):
-        return self._model.encode(clean(text))
-
-    def encode_part(self, text, begins=True, ends=True):
-        # A newline is a byte here: nothing merges across it.
-        return self.encode(text) if begins else self.encode("\n" + text)[len(self.encode("\n")):]
-
-    def to_bytes(self, ids, start=True):
-        ids = list(ids)
-        data = super().to_bytes(ids)
-        return data[1:] if start and ids and self._tokens.get(ids[0], b"")[:1] == b" " else data
-
-
-# ---- reading vocabularies ------------------------------------------------------------------------
-
 FILES = {  # in the order they are looked for: file name -> the kinds of tokenizer that it can hold
     "tokenizer.json": ("tokenizer.json", "llama3", "llama3.1", "glm4", "glm4-0414"),
     "tokenizer.model": ("chatglm3", "llama3", "llama3.1", "glm4", "glm4-0414"),
     "vocab.json": ("gpt2",), "encoder.json": ("gpt2",),
-    "rwkv_vocab_*.txt": ("world",), "20B_tokenizer.json": ("20B",)}
+    "rwkv_vocab_*.txt": ("world",), "20B_tokenizer.json": ("20B",), "meta.pkl": ("characters",)}
 PAIRS = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
 VOCAB_OF = {merges: vocab for vocab, merges in PAIRS.items()}
 SAME = ("tokenizer.json", "tokenizer.model", *PAIRS)  # one vocabulary spelled in several ways
@@ -430,47 +547,104 @@ def load_tokenizer(path_or_name, kind: str | None = None) -> Tokenizer:
         return Bytes() if str(path) == "bytes" else download_gpt2()
     if path.suffix in (".pth", ".pt", ".safetensors", ".bin"):  # weights: look beside them
         path = path.parent
-    folder, file = (path, find_vocabulary(path, kind)) if path.is_dir() else (path.parent, path)
-    config = read_json(folder / "tokenizer_config.json")
-    model = read_json(folder / "config.json") | read_json(folder / "params.json")
+    file = find_vocabulary(path, kind) if path.is_dir() else path
+    config, model = {}, {}
+    for folder in {file.parent: 0, (path if path.is_dir() else file.parent): 0}:
+        config |= read_json(folder / "tokenizer_config.json")
+        model |= read_json(folder / "config.json") | read_json(folder / "params.json")
     try:
         tokenizer = read_vocabulary(file, kind, config, model)
+        template = find_template(folder, config)
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(f"{file} is damaged, or in a form that is not known: "
                          f"{type(error).__name__} {error}") from None
     tokenizer.config = config
-    chat = config.get("chat_format", tokenizer.chat_format)
-    tokenizer.chat_format = kind if kind in CHAT_FORMATS else chat
+    tokenizer.turn_ids |= {tokenizer.special_ids.get(text_of(config.get("eos_token")))} - {None}
+    set_chat_format(tokenizer, template, kind)
     return tokenizer
+
+
+def set_chat_format(tokenizer: Tokenizer, template: str | None, kind: str | None) -> None:
+    """What was asked for; or what tokenizer_config.json states; or what the chat template shows."""
+    config, name = tokenizer.config, {id: name for name, id in tokenizer.special_ids.items()}
+    if template is not None:
+        variables = {"bos_token": name.get(tokenizer.bos_id), "eos_token": name.get(tokenizer.end_id)}
+        variables |= {key: text_of(config[key]) for key in config if key.endswith("_token")}
+        tokenizer.template = Template(template, variables)
+        if not isinstance(config.get("chat_template"), list):           # of several named ones
+            config["chat_template"] = template
+    if kind in CHAT_FORMATS:
+        tokenizer.chat_format = kind
+    elif "chat_format" in config:
+        tokenizer.chat_format = config["chat_format"]
+    elif template is not None:
+        tokenizer.chat_format, tokenizer.chat_reason = choose_format(
+            tokenizer, tokenizer.template, [name for name in CHAT_FORMATS if name != "template"])
+
+
+def text_of(token):
+    """A token of tokenizer_config.json, which may be stated with flags: its text."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def read_vocabulary(file: Path, kind: str | None, config: dict, model: dict) -> Tokenizer:
     """The tokenizer of one file, by its name and what it begins with."""
     if file.name in (*PAIRS, *VOCAB_OF):
-        return read_gpt2(file.with_name(VOCAB_OF.get(file.name, file.name)))
+        return read_gpt2(file.with_name(VOCAB_OF.get(file.name, file.name)), config)
     if file.suffix == ".json":
         return read_tokenizer_json(file, config, model)
     if file.suffix == ".txt":
         return World(file.read_bytes(), file.name)
+    if file.suffix == ".pkl":
+        return Characters(file.read_bytes(), file.name)
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", file.read_bytes()):
         return read_tiktoken(file, kind or config.get("chat_format"), config, model)
-    return SentencePiece(file.read_bytes(), file.name)
+    return read_sentencepiece(file, kind, config, model)
+
+
+def names_glm(config: dict, model: dict) -> bool:
+    """Whether the configs say that the model is a GLM."""
+    named = [model.get("model_type"), config.get("tokenizer_class"), config.get("auto_map")]
+    return "glm" in str(named).lower()
+
+
+def read_sentencepiece(file: Path, kind, config: dict, model: dict) -> SentencePiece:
+    """tokenizer.model of ChatGLM3, or of Llama 2 and its like: what the configs say decides."""
+    glm = kind == "chatglm3" or names_glm(config, model) or (False if model or config else None)
+    return SentencePiece(file.read_bytes(), file.name, glm, read_added(file.parent, config))
+
+
+def read_added(folder: Path, config: dict) -> list[dict]:
+    """The added tokens that stand in files beside a vocabulary, as a tokenizer.json has them."""
+    stated = config.get("added_tokens_decoder") or {}
+    added = {token["content"]: {**token, "id": int(id)} for id, token in stated.items()}
+    special = read_json(folder / "special_tokens_map.json") | config
+    named = [value for key, value in special.items() if key.endswith("_token")]
+    named = [*map(text_of, named + (special.get("additional_special_tokens") or []))]
+    for text, id in read_json(folder / "added_tokens.json").items():
+        added.setdefault(text, {"content": text, "id": id, "special": text in named,
+                                "normalized": text not in named})
+    return [*added.values()]
 
 
 def find_vocabulary(folder: Path, kind: str | None) -> Path:
+    """The vocabulary in a folder; or beside it, as Hugging Face keeps Meta's files in original/."""
     known = sorted({k for kinds in FILES.values() for k in kinds})
     if kind not in (None, *known):
         raise ValueError(f"kind {kind!r}: known are {', '.join(known)}")
-    found = [(file, kinds) for name, kinds in FILES.items() if kind is None or kind in kinds
-             for file in sorted(folder.glob(name))]
-    found = [f for n, f in enumerate(found) if n == 0 or f[0].name not in SAME]
-    if not found:
-        raise ValueError(f"{folder}: no vocabulary{f' of kind {kind}' if kind else ''} (looked for "
-                         f"{', '.join(FILES)}); 'gpt2' and 'bytes' go by name")
-    if len(found) > 1:
-        raise ValueError(f"{folder} holds {', '.join(f.name for f, _ in found)}: pass one of them "
-                         f"as path, or kind={' or '.join(repr(kinds[0]) for _, kinds in found)}")
-    return found[0][0]
+    beside = [folder.resolve().parent] if folder.resolve().name == "original" else []
+    for place in (folder, folder / "original", *beside):
+        found = [(file, kinds) for name, kinds in FILES.items() if kind is None or kind in kinds
+                 for file in sorted(place.glob(name))]
+        found = [f for n, f in enumerate(found) if n == 0 or f[0].name not in SAME]
+        if len(found) > 1:
+            raise ValueError(f"{place} holds {', '.join(f.name for f, _ in found)}: pass one of "
+                             "them as path, or kind="
+                             + " or ".join(repr(kinds[0]) for _, kinds in found))
+        if found:
+            return found[0][0]
+    raise ValueError(f"{folder}: no vocabulary{f' of kind {kind}' if kind else ''} (looked for "
+                     f"{', '.join(FILES)}); 'gpt2' and 'bytes' go by name")
 
 
 def glm4_kind(model) -> str:
@@ -485,10 +659,9 @@ def read_tiktoken(file, kind, config, model) -> ByteBPE:
     except ValueError:
         raise ValueError(f"{file} is no tiktoken vocabulary: a line is not `base64 rank`") from None
     if kind not in ("llama3", "llama3.1", "glm4", "glm4-0414"):
-        named = [model.get("model_type"), config.get("tokenizer_class"), config.get("auto_map")]
         rope = model.get("rope_scaling") or model.get("rope_parameters") or {}
         scaled = rope.get("rope_type", rope.get("type")) not in (None, "default")
-        kind = (glm4_kind(model) if "glm" in str(named).lower()
+        kind = (glm4_kind(model) if names_glm(config, model)
                 else "llama3.1" if scaled or model.get("use_scaled_rope") else "llama3")
     if kind.startswith("glm4"):
         names = [END, "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>",
@@ -515,9 +688,11 @@ def make_ranks(model: dict, skip, where) -> dict:
     whatever pair makes a token. ids stays None where ids rise in the order of the merges.
     """
     try:
-        vocab = {text: id for text, id in model["vocab"].items() if text not in skip}
-        token = {text: bytes(map(BYTE_OF.__getitem__, text)) for text in vocab}
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        made = {a + b for a, b in pairs}        # an added token may be one of them
+        vocab = {text: id for text, id in model["vocab"].items()
+                 if text not in skip or text in made or len(text) == 1}
+        token = {text: bytes(map(BYTE_OF.__getitem__, text)) for text in vocab}
         order = dict.fromkeys([t for t in vocab if len(t) == 1] + [a + b for a, b in pairs])
         order = list(order | dict.fromkeys(vocab if model.get("ignore_merges") else ()))
         ids, merges = [vocab[text] for text in order], [(token[a], token[b]) for a, b in pairs]
@@ -531,14 +706,17 @@ def make_ranks(model: dict, skip, where) -> dict:
         raise ValueError(f"{where} is no byte-level BPE vocabulary: {error!r}") from None
 
 
-def read_gpt2(file: Path) -> ByteBPE:
+def read_gpt2(file: Path, config: dict) -> ByteBPE:
     """vocab.json + merges.txt, or encoder.json + vocab.bpe: the same under two names."""
-    vocab = read_json(file)
+    vocab, added = read_json(file), read_added(file.parent, config)
     lines = file.with_name(PAIRS[file.name]).read_text(encoding="utf-8").split("\n")
     merges = [line for line in lines if line.strip() and not line.startswith("#version")]
-    parts = make_ranks({"vocab": vocab, "merges": merges}, (END,), file)
-    end = vocab.get(END, max(vocab.values()) + 1)
-    return ByteBPE(pattern=GPT2_PATTERN, special_ids={END: end}, end_id=end, **parts)
+    special = {token["content"]: token["id"] for token in added if token["special"]}
+    skip = {END, *(token["content"] for token in added)}
+    end = vocab.get(END, special.get(END, max(vocab.values()) + 1))
+    parts = make_ranks({"vocab": vocab, "merges": merges}, skip, file)
+    return ByteBPE(pattern=GPT2_PATTERN, special_ids={END: end, **special}, end_id=end,
+                   added=added, **parts)
 
 
 def download_gpt2() -> ByteBPE:
@@ -558,34 +736,37 @@ KEEPS_PIECES = (("Isolated", False), ("Removed", True))  # two ways to say the s
 def read_tokenizer_json(file, config, model) -> ByteBPE:
     """The format of Hugging Face's `tokenizers`, where it holds a byte-level BPE."""
     source = read_json(file)
-    before, normalizer = source.get("pre_tokenizer") or {}, source.get("normalizer")
+    bpe, before = source.get("model") or {}, source.get("pre_tokenizer") or {}
+    if bpe.get("byte_fallback") and "Ġ" not in bpe["vocab"]:
+        if not (proper := file.with_name("tokenizer.model")).exists():
+            raise ValueError(f"{file} is a SentencePiece vocabulary (of Llama 2, Mistral or another "
+                             "of their kind): put its tokenizer.model beside it, which is read")
+        return read_sentencepiece(proper, None, config, model)
+    normalizer = source.get("normalizer") or {"type": "Sequence", "normalizers": []}
+    normalizers = normalizer.get("normalizers", [normalizer])
     *split, level = before.get("pretokenizers") or [before]
     pattern = split[0].get("pattern", {}).get("Regex") if split else GPT2_PATTERN
     if (level.get("type") != "ByteLevel" or level.get("add_prefix_space") or pattern is None
             or len(split) > 1 or bool(split) == level.get("use_regex", True)
             or split and (split[0].get("behavior"), split[0].get("invert")) not in KEEPS_PIECES
-            or (normalizer or {"type": "NFC"}).get("type") != "NFC"):
+            or any(part.get("type") != "NFC" for part in normalizers)):
         raise ValueError(f"{file}: no byte-level BPE with one split pattern and at most NFC")
     added = {t["content"]: t for t in source.get("added_tokens") or ()}
     special = {text: t["id"] for text, t in added.items() if t.get("special")}
-    plain = {text: t["id"] for text, t in added.items() if not t.get("special")}
-    parts = make_ranks(source.get("model") or {}, added, file)
+    parts = make_ranks(bpe, added, file)
     only_bytes = parts["ranks"] == {bytes([byte]): byte for byte in range(256)}
-    if only_bytes and special == {END: 256} and not plain:
+    if only_bytes and special == {END: 256} and len(added) == 1:
         return Bytes()
 
     def named(key):
-        value = config.get(key)
-        return special.get(value.get("content") if isinstance(value, dict) else value)
+        return special.get(text_of(config.get(key)))
     end = special.get("<|end_of_text|>", special.get(END, named("eos_token")))
     bos = special.get("<|begin_of_text|>", named("bos_token"))
     chat = (glm4_kind(model) if "<sop>" in special else "llama3.1" if "<|eom_id|>" in special
             else "llama3" if "<|eot_id|>" in special else None)
-    tokenizer = ByteBPE(pattern=pattern, special_ids=special, end_id=end, chat_format=chat,
-                        bos_id=None if bos == end else bos, added=plain, nfc=bool(normalizer),
-                        files={"tokenizer.json": file.read_bytes()}, **parts)
-    tokenizer.turn_ids |= {named("eos_token")} - {None}
-    return tokenizer
+    return ByteBPE(pattern=pattern, special_ids=special, end_id=end, chat_format=chat,
+                   bos_id=None if bos == end else bos, added=added.values(), nfc=bool(normalizers),
+                   files={"tokenizer.json": file.read_bytes()}, **parts)
 
 
 # ---- BPE training --------------------------------------------------------------------------------
@@ -600,7 +781,6 @@ def train_bpe(texts, vocab_size: int, *, pattern=GPT4_PATTERN, progress=False,
     the split pattern), so a merge costs only the words in which it occurs. Stops when nothing is
     left to merge, and says so, in `notices` or on stderr.
     """
-    import regex                                # tiktoken depends on it; Python's re knows no \p{L}
     if vocab_size < 256:
         raise ValueError(f"vocab_size {vocab_size}: the 256 bytes alone need 256")
     show, split, frequency = Progress(progress), regex.compile(pattern).findall, collections.Counter()
@@ -814,7 +994,8 @@ CHAT_FORMATS = {  # name: (function, roles, further keys of a message, a special
     "glm4": (glm4_chat, GLM_ROLES, ("metadata", "tools"), "<sop>"),
     "glm4-0414": (glm4_0414_chat, GLM_ROLES, ("metadata", "tools"), "<sop>"),
     "world": (world_chat, ROLES, (), None),
-    "alpaca": (alpaca_chat, ROLES, ("input",), None)}
+    "alpaca": (alpaca_chat, ROLES, ("input",), None),
+    "template": (None, (*GLM_ROLES, "tool", "ipython", "developer"), ("tools",), None)}  # its own
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ From the top: settings; data; loss; the step; what the settings lead to; `train`
 Beside it: flags.py makes flags of the settings, process.py knows device, clock and the other
 processes, plan.py chooses sizes, checkpoints.py reads and writes what lies on disk.
 To change the data, see `Batches`; the loss, `NextTokenLoss`; the optimiser, `make_optimizer`; the
-schedule, `learning_rate`. finetune.py and chat.py import what they need from here.
+schedule, `learning_rate`. finetune.py imports what it needs from here.
 
 The recipe is stated in tokens per step: how many sequences go through the model at once, and how
 often gradients are accumulated, follows from it, on one process or on many (torchrun). Parameters
@@ -509,7 +509,9 @@ def plan_run(settings: Settings, run: Run) -> float | None:
         return None
     made = settings.tokenizer or next(
         (path for path in settings.data if Path(path, "tokenizer_config.json").exists()), None)
-    asked = {"layers": settings.layers, "width": settings.width, "context": settings.context,
+    open_ended = not (settings.steps or settings.epochs or settings.minutes)
+    context = settings.context or (256 if open_ended else None)         # room to converse in
+    asked = {"layers": settings.layers, "width": settings.width, "context": context,
              "vocab": text.load_tokenizer(made).vocab_size if made else settings.vocab,
              "tokens": settings.tokens_per_step}
     shapes = [shape._replace(**{name: value for name, value in asked.items() if value})
@@ -627,7 +629,7 @@ def derive(settings: Settings, given: set[str], run: Run, corpus: Corpus, speed:
         sequences = run.world
     settings.tokens_per_step, settings.batch_size = sequences * settings.context, None
     if settings.lr is None:
-        settings.lr = 3e-3 * math.sqrt(128 / settings.width) if own else 6e-4
+        settings.lr = 5e-3 * math.sqrt(128 / settings.width) if own else 6e-4
         settings.lr = 1e-4 if settings.init_from else settings.lr
     settings.optimizer = settings.optimizer or ("adamw" if settings.init_from else "muon")
     epoch = len(corpus.train) / settings.tokens_per_step                # in steps
@@ -637,7 +639,7 @@ def derive(settings: Settings, given: set[str], run: Run, corpus: Corpus, speed:
         settings.minutes = MINUTES
     steps = settings.steps or (60 * settings.minutes * speed / settings.tokens_per_step
                                if speed else None)                      # None: unknown
-    if settings.eval_tokens is None:         # ten validations of 3 %, and three tokens' time each
+    if settings.eval_tokens is None:         # ten take 3 %: learning a token takes three times
         settings.eval_tokens = max(4096, int(0.009 * steps * settings.tokens_per_step)
                                    ) if steps else 32768
     if settings.sample_prompt is None:

@@ -221,6 +221,10 @@ def test_a_base_that_moved_is_named_by_base(adapter, bases, tmp_path, capsys):
     assert_fails(capsys, [adapter, "--base", tmp_path / "none"], "--base", "none does not exist")
     assert_fails(capsys, [bases["llama3"], "--base", moved], "--base is for adapters")
     assert_fails(capsys, [adapter, "--base", bases["gpt"]], "was it made for another model")
+    change_config(adapter, base_model_name_or_path=None)
+    assert_fails(capsys, [adapter], "does not say of what: --base DIR names its base")
+    other = shutil.copytree(adapter, tmp_path / "other")
+    assert_fails(capsys, [adapter, "--base", other], "which is one itself: merge that")
     change_config(adapter, base_model_name_or_path="nobody/nothing-of-this-name")
     assert_fails(capsys, [adapter], "adapter of nobody/nothing-of-this-name, which is not there")
 

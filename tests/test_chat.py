@@ -527,14 +527,21 @@ def test_files_that_cannot_be_saved_or_loaded_are_refused_and_nothing_changes(
 
 
 LLAMA_BASE = {"tokenizer_class": "PreTrainedTokenizerFast"}
+LLAMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>'"
+    "'\n\n' + m.content.strip() + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
 
 
 @pytest.mark.parametrize("files, expected, why", [
     ({"tokenizer_config.json": {"chat_format": "llama3"}}, "llama3", "chat_format"),
     ({"tokenizer_config.json": {"chat_format": "alpaca"}}, "alpaca", "chat_format \"alpaca\""),
     ({"tokenizer_config.json": {"chat_format": None, "chat_template": "x"}}, None, "null"),
-    ({"tokenizer_config.json": {**LLAMA_BASE, "chat_template": "{{ x }}"}}, "llama3", "template"),
-    ({"tokenizer_config.json": LLAMA_BASE, "chat_template.jinja": "{{ x }}"}, "llama3", "template"),
+    ({"tokenizer_config.json": {**LLAMA_BASE, "chat_template": LLAMA_TEMPLATE}}, "llama3",
+     "template"),
+    ({"tokenizer_config.json": LLAMA_BASE, "chat_template.jinja": LLAMA_TEMPLATE}, "llama3",
+     "template"),
+    ({"tokenizer_config.json": {**LLAMA_BASE, "chat_template": "{{ x }}"}}, None, "template"),
     ({"tokenizer_config.json": LLAMA_BASE, "generation_config.json": {"eos_token_id": [381, 384]}},
      "llama3", "several ids"),
     ({"tokenizer_config.json": LLAMA_BASE, "generation_config.json": {"eos_token_id": 381}}, None,

@@ -579,6 +579,32 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(task, more, base, tmp_path,
         whole / "model.safetensors").read_bytes()
 
 
+def test_a_run_goes_on_with_moved_data_and_smaller_batches_and_other_data_are_refused(base, tmp_path, monkeypatch, capsys):
+    data = [*toy_data("sft", tmp_path), "--steps", 6]
+    whole = start("sft", base("gpt"), tmp_path / "whole", *data)
+    save = finetune.save_resume
+
+    def cut(*more, **state):
+        save(*more, **state)
+        if state["step"] == 3:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(finetune, "save_resume", cut)
+        start("sft", base("gpt"), tmp_path / "cut", *data, "--save-minutes", 0)
+    file = tmp_path / "a.jsonl"
+    moved = file.rename(tmp_path / "moved.jsonl")
+    for copy, flags, said in (("same", [], None), ("small", ["--micro-batch", "1"], "--micro-batch 1 instead of")):
+        shutil.copytree(tmp_path / "cut", tmp_path / copy)
+        capsys.readouterr()
+        finetune.main(["--resume", str(tmp_path / copy), "--data", str(moved), *flags])
+        told = capsys.readouterr().out
+        assert ("not bit-exactly: " + (said or "")) in told if said else "not bit-exactly" not in told
+    assert (tmp_path / "same/model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert measures(tmp_path / "small", "val_loss") == pytest.approx(measures(whole, "val_loss"), rel=1e-3)
+    moved.write_text(moved.read_text().split("\n", 1)[1])               # one row fewer
+    assert "data have changed" in refused(capsys, "--resume", tmp_path / "cut", "--data", moved)
+
+
 def test_ten_bad_steps_in_a_row_stop_the_run_and_the_last_good_one_is_saved(base, tmp_path, monkeypatch, capsys):
     loss, calls = finetune.sft_loss, []
 

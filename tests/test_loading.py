@@ -238,6 +238,16 @@ def test_wrappers_of_single_layers_are_stripped(name, inner, tmp_path):
     assert same(load_checkpoint(tmp_path), model)
 
 
+@pytest.mark.parametrize("name", ["rwkv2", "rwkv3", "rwkv4", "rwkv5", "rwkv6"])
+@pytest.mark.parametrize("wrapper", [w for w in WRAPPED if w != "bare"])
+def test_the_same_wrappers_around_an_rwkv(name, wrapper, golden, tmp_path):
+    file = golden / name / "weights.pth"
+    tensors = {WRAPPED[wrapper].format(n): t for n, t in torch.load(file).items()}
+    tensors = {re.sub(r"blocks\.(\d+)\.", r"blocks.\1._orig_mod.", n): t for n, t in tensors.items()}
+    torch.save({"state_dict": tensors}, tmp_path / "weights.pth")
+    assert same(load_checkpoint(tmp_path), load_checkpoint(file))
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "module"])
 def test_a_dict_around_the_weights_is_opened(name, key, tmp_path):

@@ -50,7 +50,7 @@ def written(path, content):
     {"messages": ASKED}, {"conversations": ASKED}, {"conversation": ASKED}, {"Messages": ASKED},
     {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
     {"conversations": [{"from": "User", "value": "Why?"}, {"from": "Assistant", "value": "So."}]},
-    {"conversations": ["Why?", "So."]}, ASKED,
+    {"conversations": ["Why?", "So."]}, {"messages": json.dumps(ASKED)}, ASKED,
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]}, ASKED[1]]},
     {"question": "Why?", "answer": "So."}, {"Question": "Why?", "Answer": "So."},
     {"query": "Why?", "response": "So."}, {"instruction": "Why?", "response": "So."},
@@ -92,6 +92,8 @@ def test_published_shapes_of_preferences_give_the_same_pair(row, tokenizer):
     ({"messages": [{"role": "tool", "content": "x"}, ASKED[1]]}, ("message 0 needs a role (system, user, assistant)", "tool")),
     ({"messages": [ASKED[0], {**ASKED[1], "weight": 0.5}]}, ('"weight" is 0.5',)),
     ({"messages": [{**ASKED[0], "train": True}, ASKED[1]]}, ("no reply has weight 1", "--all-tokens")),
+    ({"messages": str(ASKED)}, ('"messages" is "[{', "a list of messages is needed")),
+    ({"train": [{"prompt": "a", "completion": "b"}]}, ('it has train: it needs "prompt"',)),
     ({"messages": ASKED, "context": "The facts."}, ('"context" is \'The facts.\'',)),
     ({"messages": [SYSTEM, *ASKED], "system": "Be long."}, ('"system" is \'Be long.\'', "Be brief.")),
     ({"messages": ASKED, "tools": [{"name": "search"}]}, ('"tools" is', "search", "alpaca has no place")),
@@ -153,7 +155,7 @@ def test_columns_are_known_in_any_case_and_by_columns(tmp_path):
     for name, content, columns in (
             ("a.csv", "Label,Text\nham,Hello\nspam,Win\n", ()), ("b.csv", '"LABEL","TEXT"\n"ham","Hello"\n"spam","Win"\n', ()),
             ("c.csv", "v1,v2,,\nham,Hello,,\nspam,Win,,\n", ["label=v1", "text=v2"]), ("d.tsv", "Text\tLabel\nHello\tham\nWin\tspam\n", ()),
-            ("e.csv", "text;label\nHello;ham\nWin;spam\n", ()), ("sms", "ham\tHello\nspam\tWin\n", ()),
+            ("e.csv", "text;label\nHello;ham\nWin;spam\n", ()), ("e2.csv", "text|label\nHello|ham\nWin|spam\n", ()), ("sms", "ham\tHello\nspam\tWin\n", ()),
             ("f", "label,text\nham,Hello\nspam,Win\n", ()), ("g.csv", "label,text,title\nham,x,Hello\nspam,y,Win\n", ["text=title"]),
             ("h.jsonl", '{"y": "ham", "x": "Hello"}\n{"y": "spam", "x": "Win"}\n', ["label=y", "text=x"])):
         found = rows.read_rows([written(tmp_path / name, content)], columns=columns)

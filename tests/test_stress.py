@@ -162,7 +162,7 @@ def test_damaged_examples_are_read_or_refused_in_one_line(name, content, tmp_pat
             if name == "a.csv":
                 finetune.string(row, "text")
             else:
-                finetune.sequence(tokenizer, finetune.conversation(row), 64, row["where"])
+                finetune.sequence(tokenizer, finetune.conversation(row), 64)
     for _ in range(4000):
         (tmp_path / name).write_bytes(damaged(content.encode(), dice))
         opened(read, counts)

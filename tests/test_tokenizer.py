@@ -1,5 +1,6 @@
 """tokenizer.py: the official codes' ids, text stays data, what is saved opens elsewhere."""
 
+import dataclasses
 import hashlib
 import json
 import pickle
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 
+import checkpoints
 import tokenizer as tk
 from tokenizer import GPT2_PATTERN, Bytes, ByteBPE, load_tokenizer, train_bpe
 
@@ -356,7 +358,7 @@ def check_data(tokenizer):
     for text in random_texts():
         ids = tokenizer.encode(text)
         assert all(0 <= id < tokenizer.vocab_size for id in ids)
-        expected = tk.unicodedata.normalize("NFC", text) if getattr(tokenizer, "_nfc", 0) else text
+        expected = tk.unicodedata.normalize("NFC", text) if tokenizer.added.nfc else text
         assert tokenizer.decode(ids) == expected
         decoder = tokenizer.stream_decoder()
         pieces = [decoder.feed([id]) for id in ids]
@@ -703,3 +705,326 @@ def test_sentencepiece_is_asked_for_when_missing(real, assets, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ImportError, match="pip install sentencepiece"):
         load_tokenizer(assets / "chatglm3")
+
+
+# ---- vocabularies as they are found in the wild --------------------------------------------------
+
+
+FLAGS = {"special": False, "lstrip": False, "rstrip": False, "single_word": False,
+         "normalized": False}
+
+
+def with_added(tokenizer, folder, added, **parts):
+    """A saved vocabulary whose tokenizer.json has these added tokens too; the package's reading."""
+    tokenizer.save(folder)
+    data = read(folder, "tokenizer.json")
+    first = max(max(data["model"]["vocab"].values()), *(t["id"] for t in data["added_tokens"])) + 1
+    data["added_tokens"] += [{**FLAGS, **token, "id": first + n} for n, token in enumerate(added)]
+    (folder / "tokenizer.json").write_text(json.dumps({**data, **parts}))
+    theirs = pytest.importorskip("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    return load_tokenizer(folder), theirs
+
+
+def test_added_tokens_are_found_as_tokenizers_finds_them(trained, tmp_path):
+    ours, theirs = with_added(trained, tmp_path, [
+        {"content": "<l>", "lstrip": True}, {"content": "<r>", "rstrip": True},
+        {"content": "<lr>", "lstrip": True, "rstrip": True}, {"content": "word", "single_word": True},
+        {"content": "<n>", "normalized": True}, {"content": "<l><r>"}, {"content": "  "},
+        {"content": "<|sp"}, {"content": "<|special|>", "special": True, "lstrip": True},
+        {"content": "ő", "normalized": True, "single_word": True}])
+    rng = random.Random(4)
+    pieces = ["<l>", "<r>", "<lr>", "word", "<n>", "<|special|>", "<|sp", "ő", "o\u030b", " ", "  ",
+              "\n", "\t", "\x1c", "\x85", "\u2003", "a", "_", "1", "\u0301", "\u200d", "你", "²", ".",
+              "<|endoftext|>", "x y"]
+    for _ in range(2000):
+        text = "".join(rng.choices(pieces, k=rng.randrange(1, 9)))
+        assert ours.encode(text) == theirs.encode(text).ids, repr(text)
+    assert ours.decode(ours.encode("a <l>b")) == "a<l>b"
+
+
+def test_a_word_is_what_tokenizers_takes_for_one(trained, tmp_path):
+    ours, theirs = with_added(trained, tmp_path, [{"content": "<w>", "single_word": True}])
+    for code in [*range(0x3000), *range(0xA000, 0xB000), 0x1F600, 0x1D7D8, 0xE0100]:
+        if tk.unicodedata.category(chr(code)) == "Cn":      # by the version of Unicode
+            continue
+        text = f"{chr(code)}<w> <w>{chr(code)}"
+        assert ours.encode(text) == theirs.encode(text).ids, hex(code)
+
+
+@pytest.mark.parametrize("normalizer", [
+    None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []},
+    {"type": "Sequence", "normalizers": [{"type": "NFC"}]}])
+def test_normalizers_that_are_empty_or_nfc(normalizer, trained, tmp_path):
+    ours, theirs = with_added(trained, tmp_path, [
+        {"content": "e\u0301", "normalized": True}, {"content": "o\u0308"}], normalizer=normalizer)
+    for text in ["e\u0301 é o\u0308 ö a\u0308", *random_texts(50, seed=7)]:
+        assert ours.encode(text) == theirs.encode(text).ids
+
+
+def test_other_normalizers_are_refused(trained, tmp_path):
+    for normalizer in ({"type": "Lowercase"},
+                       {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}):
+        with pytest.raises(ValueError, match="at most NFC"):
+            with_added(trained, tmp_path, [], normalizer=normalizer)
+
+
+def test_an_added_token_may_be_one_of_the_vocabulary(trained, tmp_path):
+    """tokenizer.add_tokens(["word"]) of a word that merges make already."""
+    trained.save(tmp_path)
+    data = read(tmp_path, "tokenizer.json")
+    word = max((text for text in data["model"]["vocab"] if text.isascii()), key=len)
+    data["added_tokens"].append({**FLAGS, "id": data["model"]["vocab"][word], "content": word})
+    data["added_tokens"].append({**FLAGS, "id": data["model"]["vocab"]["q"], "content": "q"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    theirs = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    for text in (f"x{word}y q{word[:-1]} {word}", "sequence", *random_texts(20)):
+        assert load_tokenizer(tmp_path).encode(text) == theirs.encode(text).ids
+
+
+def write_gpt2(tokenizer, folder):
+    """vocab.json and merges.txt of a vocabulary, as GPT-2's."""
+    tokenizer.save(folder)
+    data = read(folder, "tokenizer.json")
+    (folder / "tokenizer.json").unlink()
+    vocab = data["model"]["vocab"] | {"<|endoftext|>": tokenizer.end_id}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *data["model"]["merges"]]))
+
+
+def test_added_tokens_json_beside_vocab_json(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    gpt2 = train_bpe(["hello hello world " * 5], 265, pattern=GPT2_PATTERN)
+    write_gpt2(gpt2, tmp_path)
+    N = gpt2.vocab_size
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[PAD]": N, "<user>": N + 1}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(
+        {"pad_token": "[PAD]", "eos_token": {"content": "<|endoftext|>"}}))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "hello <user> world"
+    assert ours.encode(text) == theirs(text)["input_ids"] and N + 1 in ours.encode(text)
+    assert ours.special_ids == {"<|endoftext|>": N - 1, "[PAD]": N}
+    assert ours.encode("[PAD]") == gpt2.encode("[PAD]")
+    assert ours.decode([N, N + 1]) == "[PAD]<user>"
+    ours.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").encode(text) == ours.encode(text)
+
+
+@dataclasses.dataclass
+class Config:
+    vocab_size: int
+
+
+class RWKVConfig(Config):
+    pass
+
+
+def test_tokens_beyond_the_model_are_refused_only_when_they_are_to_be_fed(trained, tmp_path):
+    ours, _ = with_added(trained, tmp_path, [{"content": "[PAD]", "special": True},
+                                             {"content": "<new>"}])
+    checkpoints.check_vocabulary(Config(trained.vocab_size), ours)
+    assert ours.encode("[PAD] hello") == trained.encode("[PAD] hello")
+    with pytest.raises(ValueError, match=f"'<new>' is token {trained.vocab_size + 1}, and the model "
+                                         f"has {trained.vocab_size}"):
+        ours.encode("hello <new>")
+    checkpoints.check_vocabulary(Config(ours.vocab_size), fresh := load_tokenizer(tmp_path))
+    assert fresh.encode("<new>") == [trained.vocab_size + 1]
+    for size in (trained.vocab_size - 1, 300):           # its end, and more, are missing
+        with pytest.raises(ValueError, match="its own tokenizer"):
+            checkpoints.check_vocabulary(Config(size), load_tokenizer(tmp_path))
+
+
+def test_a_chat_whose_control_tokens_lie_beyond_the_model_is_refused(trained, tmp_path):
+    names = ("start_header_id", "end_header_id", "eot_id")
+    ours, _ = with_added(trained, tmp_path, [{"content": f"<|{name}|>", "special": True}
+                                             for name in names])
+    checkpoints.check_vocabulary(Config(trained.vocab_size), ours)
+    ours.chat_format = "llama3"
+    assert ours.encode("hello")
+    with pytest.raises(ValueError, match="'<|.*|>' is token.*the model not"):
+        ours.encode_chat(CHAT)
+
+
+def test_vocabularies_of_rwkv_are_not_mixed_up(trained, monkeypatch):
+    def check(model_size, vocab_size):
+        monkeypatch.setattr(trained, "vocab_size", vocab_size)
+        monkeypatch.setattr(trained, "text_size", vocab_size)
+        checkpoints.check_vocabulary(RWKVConfig(model_size), trained)
+    for model_size, vocab_size in ((65_536, 65_530), (50_277, 50_277), (65_536, 65_536), (500, 400)):
+        check(model_size, vocab_size)
+    for model_size, vocab_size, file in ((65_536, 50_277, "rwkv_vocab"), (50_277, 65_530, ""),
+                                         (50_277, 50_257, "20B")):
+        with pytest.raises(ValueError, match=f"it needs its own tokenizer.*{file}"):
+            check(model_size, vocab_size)
+
+
+def test_published_vocabularies_of_rwkv_are_not_mixed_up(real):
+    checkpoints.check_vocabulary(RWKVConfig(65_536), real("rwkv"))
+    checkpoints.check_vocabulary(RWKVConfig(50_277), real("pile"))
+    for model_size, name in ((65_536, "pile"), (50_277, "rwkv"), (50_277, "gpt2")):
+        with pytest.raises(ValueError, match="it needs its own tokenizer"):
+            checkpoints.check_vocabulary(RWKVConfig(model_size), real(name))
+
+
+def train_sentencepiece(folder):
+    """tokenizer.model of Llama 2's kind: byte fallback, <unk> <s> </s> first."""
+    spm = pytest.importorskip("sentencepiece")
+    (folder / "text.txt").write_text("hello world\nhello there\nthe end of the world\n" * 20)
+    spm.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=300,
+        model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+        split_digits=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False)
+    for name in ("text.txt", "tokenizer.vocab"):
+        (folder / name).unlink()
+    return spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def test_the_configs_decide_whose_sentencepiece_model_it_is(tmp_path):
+    theirs = train_sentencepiece(tmp_path)
+    config = tmp_path / "config.json"
+    for stated, glm in (({"model_type": "llama"}, False), ({"model_type": "mistral"}, False),
+                        ({"model_type": "chatglm"}, True), (None, False)):
+        config.unlink(missing_ok=True)
+        if stated:
+            config.write_text(json.dumps(stated))
+        ours = load_tokenizer(tmp_path)
+        assert ("<|user|>" in ours.special_ids) == glm
+        assert ours.chat_format == ("chatglm3" if glm else None)
+    config.write_text('{"model_type": "llama"}')
+    ours = load_tokenizer(tmp_path)
+    assert (ours.bos_id, ours.end_id, ours.prefix_ids, ours.stop_ids) == (1, 2, (1,), (2,))
+    assert ours.special_ids == {"<unk>": 0, "<s>": 1, "</s>": 2}
+    assert ours.vocab_size == theirs.vocab_size()
+    for text in ["hello there", " the  end", "ä你😀", "</s> <s>", *random_texts(30)]:
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.decode(theirs.encode(text)) == text
+    assert load_tokenizer(tmp_path, kind="chatglm3").chat_format == "chatglm3"
+
+
+def test_a_tokenizer_json_of_sentencepiece_leads_to_its_model_or_is_refused_by_name(tmp_path):
+    data = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"▁": 3}, "merges": []}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="SentencePiece.*put its tokenizer.model beside it"):
+        load_tokenizer(tmp_path)
+    theirs = train_sentencepiece(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert load_tokenizer(tmp_path).encode("hello there") == theirs.encode("hello there")
+
+
+def test_tinyllama_converses_through_its_template(tmp_path):
+    pytest.importorskip("jinja2")
+    theirs = train_sentencepiece(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": "<s>", "eos_token": "</s>", "chat_template":
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"}))
+    ours = load_tokenizer(tmp_path)
+    assert ours.chat_format == "template"
+    assert ours.encode_chat([{"role": "user", "content": "hello </s>"}]) == [
+        *theirs.encode("<|user|>\nhello </s>"), 2, *theirs.encode("\n<|assistant|>\n")]
+
+
+def test_meta_keeps_its_tokenizer_in_original(golden, tmp_path):
+    original, source = tmp_path / "original", golden / "tokenizer_glm4_standin" / "tokenizer.model"
+    original.mkdir()
+    (original / "tokenizer.model").write_bytes(source.read_bytes())
+    (original / "params.json").write_text('{"use_scaled_rope": true}')
+    (original / "consolidated.00.pth").touch()
+    for path in (original, tmp_path, original / "consolidated.00.pth"):
+        assert load_tokenizer(path).chat_format == "llama3.1"
+    (original / "tokenizer.model").rename(tmp_path / "tokenizer.model")    # beside original/
+    for path in (original, tmp_path):
+        assert load_tokenizer(path).encode("hello")
+    assert load_tokenizer(original).chat_format == "llama3.1"
+
+
+def test_original_in_a_folder_of_hugging_face(trained, golden, tmp_path, monkeypatch):
+    original, source = tmp_path / "original", golden / "tokenizer_glm4_standin" / "tokenizer.model"
+    original.mkdir()
+    trained.save(tmp_path)
+    (original / "tokenizer.model").write_bytes(source.read_bytes())
+    assert load_tokenizer(tmp_path).encode("hello") == trained.encode("hello")
+    assert load_tokenizer(original).chat_format == "llama3"
+    (original / "tokenizer.model").unlink()
+    monkeypatch.chdir(original)
+    assert load_tokenizer(".").encode("hello") == trained.encode("hello")
+
+
+def write_meta(folder, **more):
+    chars = sorted(set("hello world\n你"))
+    stoi = {char: n for n, char in enumerate(chars)}
+    meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": stoi, **more}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return stoi
+
+
+def test_nanogpts_characters(tmp_path):
+    stoi = write_meta(tmp_path)
+    (tmp_path / "ckpt.pt").touch()
+    for path in (tmp_path, tmp_path / "ckpt.pt", tmp_path / "meta.pkl"):
+        ours = load_tokenizer(path)
+        assert ours.encode("hello 你\n") == [stoi[char] for char in "hello 你\n"]
+        assert ours.decode(ours.encode("hello 你")) == "hello 你"
+    assert (ours.vocab_size, ours.end_id, ours.stop_ids, ours.chat_format) == (10, None, (), None)
+    with pytest.raises(ValueError, match="of 10 characters has no 'x'"):
+        ours.encode("hello x")
+    ours.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").encode("world") == ours.encode("world")
+
+
+class Harm:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_nothing_in_a_meta_pkl_is_executed(tmp_path, capsys):
+    import collections
+    for more in (Harm(), collections.OrderedDict(), tk.Path("x"), object, print):
+        write_meta(tmp_path, more=more)
+        with pytest.raises(ValueError, match="nothing in it was executed: it asks for") as caught:
+            load_tokenizer(tmp_path)
+        assert "\n" not in str(caught.value)
+    assert "executed" not in capsys.readouterr().out
+    for content in (b"", b"\x80", pickle.dumps([1]), pickle.dumps({"stoi": [1]}),
+                    pickle.dumps({"stoi": {}}), pickle.dumps({"stoi": {"a": "b"}})):
+        (tmp_path / "meta.pkl").write_bytes(content)
+        with pytest.raises(ValueError, match="no meta.pkl of nanoGPT, or damaged"):
+            load_tokenizer(tmp_path)
+
+
+CHINESE = "你好，世界！晚上睡不着应该怎么办？😀\n第一次"
+
+
+def test_chinese_text_is_streamed_token_by_token(trained, glm4):
+    for tokenizer in (trained, glm4, Bytes()):
+        check_streamed(tokenizer, CHINESE)
+
+
+@pytest.mark.parametrize("name, kind", REAL)
+def test_chinese_text_is_streamed_token_by_token_in_published(name, kind, real):
+    check_streamed(real(name, kind), CHINESE)
+
+
+def check_streamed(tokenizer, text):
+    decoder, shown = tokenizer.stream_decoder(), ""
+    for id in tokenizer.encode(text):
+        shown += decoder.feed(id)
+        assert text.startswith(shown)
+    assert shown == text and decoder.finish() == ""
+
+
+def test_a_resumed_run_has_the_whole_tokenizer(trained, tmp_path):
+    ours, _ = with_added(trained, tmp_path, [{"content": "<|im_end|>", "special": True}])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "eos_token": "<|im_end|>", "chat_template": "{% for m in messages %}{{ m.role }}: "
+        "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"}))
+    ours = load_tokenizer(tmp_path)
+    files = {name: data.decode("latin-1") for name, data in ours.saved_files().items()}
+    again = checkpoints.saved_tokenizer({"tokenizer": files, "chat_format": ours.chat_format})
+    assert again.stop_ids == ours.stop_ids and again.chat_format == ours.chat_format
+    if ours.chat_format:
+        assert again.encode_chat(CHAT) == ours.encode_chat(CHAT)

@@ -648,10 +648,11 @@ def test_a_run_on_another_number_of_processes_goes_on_and_says_not_bit_exactly(c
     assert max(events(out, "loss")) == 6
 
 
-def test_a_resume_file_of_an_earlier_version_is_refused_by_name(finished, tmp_path):
+@pytest.mark.parametrize("part, name", [("config", "eos_token_id"), ("settings", "keep")])
+def test_a_resume_file_of_an_earlier_version_is_refused_by_name(finished, tmp_path, part, name):
     out = shutil.copytree(finished, tmp_path / "run")
     saved = torch.load(out / "resume/resume.pt", weights_only=True)
-    del saved["config"]["eos_token_id"]
+    del saved[part][name]
     torch.save(saved, out / "resume/resume.pt")
     assert_one_line_error(run("train.py", "--resume", out), "earlier version", f"--init-from {out}")
 
@@ -702,7 +703,7 @@ def test_plan_says_what_would_be_trained_and_stops(corpus, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     train.main(["--data", str(corpus), "--plan", "--width", "32", "--layers", "1", "--device", "cpu"])
     out = capsys.readouterr().out
-    assert "tokens/s at 1 x 32, context 64" in out and "epochs" in out and not [*tmp_path.iterdir()]
+    assert "tokens/s at 1 x 32, context 256" in out and "epochs" in out and not [*tmp_path.iterdir()]
 
 
 def test_the_published_muon_is_what_ours_does():
