@@ -16,6 +16,7 @@ import copy
 import datetime
 import functools
 import itertools
+import math
 import os
 import platform
 import statistics
@@ -41,6 +42,8 @@ from practice import fast                                               # noqa: 
 
 NEW = 16                                     # tokens of a decoding run
 SLOW = 30                                    # seconds
+READ = 2 ** 29                               # bytes that are read to measure the memory
+BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 5}                   # of a weight
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KINDS = {"fp32": ("fp32",), "fp32, --fast off": ("fp32", None, "off"), "bf16": ("bf16",),
          "int8": ("bf16", "int8"), "int4": ("bf16", "int4")}            # arguments of Ours
@@ -64,7 +67,7 @@ class Case(NamedTuple):
     sides: dict                              # name -> function that returns seconds
     lines: list[tuple]                       # (label, name, name to compare with, least factor)
     tokens: int = 1                          # of the seconds: the table has tokens / seconds
-    after: object = None                     # called at the end: a line to print
+    after: object = None                     # seconds of each side -> a line to print
 
 
 def some_tokens(count, vocabulary, seed=0):
@@ -296,11 +299,24 @@ def lines(sides, least):
     return [pair for pair in pairs if pair[1] in sides and pair[2] in sides]
 
 
-def agreement(sides):
-    """How far the greedy tokens of both sides agree in fp32."""
+def agreement(sides, seconds):
+    """How far the greedy tokens of both sides agree in fp32, and how near the memory's limit is."""
     ours, theirs = (sides[name].decode(NEW)[1] for name in ("fp32", "their fp32"))
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), NEW)
-    return f"Greedy tokens in fp32: the first {same} of {NEW} are the same."
+    weights = sum(math.prod(layer.shape) for layer in layers(sides["fp32, --fast off"].model))
+    limits = [(name, bits / 8 * weights / READ * seconds["reading"], seconds[name])
+              for name, bits in BITS.items()]
+    return (f"Greedy tokens in fp32: the first {same} of {NEW} are the same.\nMemory gives "
+            f"{READ / seconds['reading'] / 1e9:.1f} GB/s. Reading the weights alone, of the time "
+            "of a token: " + ", ".join(f"{name} {limit * 1e3:.1f} of {time * 1e3:.1f} ms"
+                                       for name, limit, time in limits) + ".")
+
+
+def reading(numbers):
+    """Seconds to read a tensor that no cache holds."""
+    start = time.perf_counter()
+    numbers.sum()
+    return time.perf_counter() - start
 
 
 def decode(name, folder):
@@ -315,21 +331,26 @@ def decode(name, folder):
             timed[f"products {kind}"] = functools.partial(products, sides[kind].model)
             table.append((f"{kind}: time of the products over the time of a token", kind,
                           f"products {kind}", least))
+    timed["reading"] = functools.partial(reading, torch.ones(READ // 4))
     return Case(f"{TITLES[name]}, decoding: tokens/s", timed, table,
-                after=lambda: agreement(sides))
+                after=functools.partial(agreement, sides))
+
+
+def layers(model):
+    """The linear layers, each with the shape of its weight."""
+    found = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, fast.Replacement))]
+    for layer in found:
+        layer.shape = layer.weight.shape if isinstance(layer, torch.nn.Linear) else layer.shape
+    return found
 
 
 @torch.no_grad()
 def products(model):
-    """Seconds for the linear layers alone, one row each."""
-    layers = [module for module in model.modules()
-              if isinstance(module, (torch.nn.Linear, fast.Replacement))]
-    widths = [layer.in_features if isinstance(layer, torch.nn.Linear) else layer.shape[1]
-              for layer in layers]
+    """Seconds for the linear layers alone, one token each."""
     dtype = next(model.parameters()).dtype
-    inputs = [torch.ones(1, 1, width, dtype=dtype) for width in widths]
+    pairs = [(layer, torch.ones(1, 1, layer.shape[1], dtype=dtype)) for layer in layers(model)]
     start = time.perf_counter()
-    for layer, x in zip(layers, inputs):
+    for layer, x in pairs:
         layer(x)
     return time.perf_counter() - start
 
@@ -379,7 +400,7 @@ def batch(dtype, folder):
         texts["theirs"] = out[:, 256:].tolist()
         return time.perf_counter() - start
 
-    def same():
+    def same(seconds):
         count = sum(a == b for a, b in zip(texts["ours"], texts["theirs"]))
         return f"{count} of 16 continuations are the same."
     return Case(f"Llama 125M in {dtype}, 16 prompts of 16 to 256, 16 new each: tokens/s",
@@ -455,7 +476,7 @@ def report(case, repeats):
             f"{seconds[theirs] / seconds[ours]:.2f}", least or "")
            for label, ours, theirs, least in case.lines])
     if case.after:
-        print(case.after(), flush=True)
+        print(case.after(seconds), flush=True)
 
 
 @torch.no_grad()
