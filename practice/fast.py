@@ -46,7 +46,7 @@ class Replacement(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inputs = x.reshape(-1, self.shape[1])
-        if len(inputs) > self.MOST or torch.is_grad_enabled():
+        if not 0 < len(inputs) <= self.MOST or torch.is_grad_enabled():
             y = self.in_blocks(inputs)
         else:
             y = self.product(inputs)
@@ -174,7 +174,7 @@ class Int4(Replacement):
 
     4 bits per weight, and 32 bits for a scale and a zero: 5 bits in all with G = 32.
     """
-    MOST = 32
+    MOST = 256                               # to undo `pack` takes long
     GROUP = 32                               # torch's operator also has 64, 128 and 256
 
     def __init__(self, linear: nn.Linear):
@@ -197,7 +197,8 @@ class Int4(Replacement):
         """start is a multiple of 64."""
         bytes, K = self.weight[start:stop + -stop % 64], self.shape[1] + self.padding
         weight = torch.stack([bytes & 15, bytes >> 4], -1).view(-1, 64 * K)
-        weight = weight[:, order(K, bytes.device)].view(-1, K // self.GROUP, self.GROUP)
+        weight = weight.index_select(1, order(K, bytes.device)).view(-1, K // self.GROUP,
+                                                                     self.GROUP)
         scale, zero = self.scale[:, start:start + len(weight)].transpose(0, 1).float().split(1, -1)
         weight = ((weight.float() - 8) * scale + zero).flatten(1)
         return weight[:min(stop, self.shape[0]) - start, :self.shape[1]]
@@ -258,40 +259,49 @@ def accelerate(model: nn.Module, weights: str | None = None, fast: str = "auto")
     if fast != "off" and device != "cpu":
         why = f"other products are for CPUs, this is {device}"
     elif fast != "off":
-        name, why = choose(timings(linears, weights))
-    kind = KINDS[weights].get(name)
+        name, why = choose(timings(linears, weights), weights)
+    kind, kept = KINDS[weights].get(name), 0
     for parent in [*model.modules()] if kind else []:
         for name, child in [*parent.named_children()]:
-            if type(child) is nn.Linear and kind.holds(child.weight):
-                setattr(parent, name, kind(child))
+            if type(child) is nn.Linear:
+                if kind.holds(child.weight):
+                    setattr(parent, name, kind(child))
+                else:
+                    kept += 1
+    if kept:
+        why += f"; {kept} layers stay as they were, fp16 cannot hold them"
     return f"{weights or str(dtype).removeprefix('torch.')} weights, {why}"
 
 
-def choose(times: dict[str, list[float]]) -> tuple[str, str]:
-    """(name, why): the quickest for a reply of 100 tokens to a prompt of 400, against "linear"."""
-    replies = {name: 100 * token + 400 / TOKENS[1] * prompt
-               for name, (token, prompt) in times.items()}
-    old = replies.pop("linear")              # which is no choice for quantised weights
-    name = min(replies, key=replies.get, default="plain")
-    if "plain" not in times and replies.get(name, math.inf) > 0.95 * old:
+def choose(times: dict[str, list[float]], weights: str | None) -> tuple[str, str]:
+    """(name, why): the quickest for a reply of 100 tokens to a prompt of 400."""
+    def reply(name):                         # a gain of less than 5 % is noise
+        token, prompt = times[name]
+        return (100 * token + 400 / TOKENS[1] * prompt) * (0.95 if name == "linear" else 1)
+    without = min(times.keys() & {"linear", *KINDS[None]}, key=reply)
+    if weights is None and without == "linear":
         return "plain", "torch's own products: no others are quicker here, as measured"
-    token, prompt = (a / b for a, b in zip(times["linear"], times[name]))
-    slower = "; SLOWER than without" if token < 0.95 else ""
-    return name, (f"{name} products: {token:.2f} x the speed of torch's own for a new token, "
+    name = min(times.keys() & {*KINDS[weights]}, key=reply)
+    other = "linear" if weights is None else without
+    token, prompt = (a / b for a, b in zip(times[other], times[name]))
+    slower = "; SLOWER than without" if weights and token < 0.95 else ""
+    return name, (f"{name} products: {token:.2f} x the speed of "
+                  f"{'plain' if weights is None else 'unquantised'} ones for a new token, "
                   f"{prompt:.2f} x in prompts, as measured here{slower}")
 
 
 def timings(linears: list[nn.Linear], weights: str | None) -> dict[str, list[float]]:
     """{products: [seconds for 1 and 64 tokens]} of layers like these; "linear": the layers.
 
-    Measured once for a processor, a torch and a set of shapes, and kept in the user's cache folder.
-    Products that are missing here, or refuse this dtype, are left out.
+    With those of unquantised weights, to compare. Measured once for a processor, a torch and a set
+    of shapes, and kept in the user's cache folder. Products that are missing here, or refuse this
+    dtype, are left out.
     """
     some = first(linears, 2 ** 25)           # more than the processor's cache holds
     some.append(part(linears[-1], 2 ** 24))  # of the head, which is larger than the others
-    dtype, kinds = some[0].weight.dtype, dict(KINDS[weights])
+    dtype, kinds = some[0].weight.dtype, KINDS[None] | KINDS[weights]
     if dtype == torch.float32:
-        kinds.pop("FBGEMM's fp16", None)     # rounds
+        kinds.pop("FBGEMM's fp16")           # rounds
     shapes = sorted({"x".join(map(str, layer.weight.shape)) for layer in some})
     key = (f"torch {torch.__version__}, {processor()}, {torch.get_num_threads()} threads, "
            f"{dtype}, {weights}, {', '.join(kinds)}, {' '.join(shapes)}")
@@ -326,21 +336,22 @@ def measure(linears: list[nn.Linear], kinds: dict[str, type]) -> dict[str, list[
             error = (made[0](x[0]).float() - right).norm() / right.norm()
             if error < 0.3:                  # int4 of random weights has 0.1; NaN is no number
                 layers[name] = made
-    times = {name: [] for name in layers}
+    times, size = {name: [] for name in layers}, sum(layer.weight.numel() for layer in linears)
     for tokens in TOKENS:
         # a prompt's time is arithmetic, which needs fewer layers
-        used = len(linears) if tokens == 1 else len(first(linears, 2 ** 22))
+        used = linears if tokens == 1 else first(linears, 2 ** 22)
+        share = sum(layer.weight.numel() for layer in used) / size
         best = dict.fromkeys(layers, math.inf)
         for turn in range(15):
             for name, made in layers.items():
                 if turn > 4 and best[name] > 3 * min(best.values()):
                     continue                 # it will not win
                 start = time.perf_counter()
-                for layer, one in zip(made[:used], x):
+                for layer, one in zip(made[:len(used)], x):
                     layer(one.expand(tokens, -1))
                 best[name] = min(best[name], time.perf_counter() - start)
         for name, made in layers.items():
-            times[name].append(best[name])
+            times[name].append(best[name] / share)
     return times
 
 

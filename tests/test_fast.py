@@ -151,6 +151,16 @@ def test_int8_products_do_not_overflow_and_keep_small_inputs_beside_large_ones()
             assert_close(layer(x), F.linear(x, layer.rows(0, 64), linear.bias), 0.05, "outlier")
 
 
+@pytest.mark.parametrize("weights, name", CASES)
+def test_nan_and_infinity_in_the_inputs_are_seen_in_the_result(weights, name):
+    layer = kind_or_skip(weights, name)(nn.Linear(64, 32))
+    for value in (float("nan"), float("inf")):
+        x = torch.randn(2, 64)
+        x[1, 3] = value
+        with torch.no_grad():
+            assert not layer(x)[1].isfinite().any()
+
+
 def test_int8_takes_inputs_at_any_address():
     layer, x = kind_or_skip("int8", "torch's")(nn.Linear(64, 8)), torch.randn(70).bfloat16()
     with torch.no_grad():
@@ -197,6 +207,15 @@ def test_a_tied_head_is_replaced_and_its_table_is_not():
         model.lm_head = kind_or_skip(None, name, dtype)(model.lm_head)
         assert model.wte.weight.stride() == (32, 1) and torch.equal(model.wte.weight, table)
         assert torch.equal(model.lm_head.rows(0, 50), table.float())
+
+
+def test_a_layer_that_fp16_cannot_hold_stays_and_is_counted(monkeypatch):
+    monkeypatch.setattr(fast, "choose", lambda *_: ("FBGEMM's fp16", "so"))
+    kind_or_skip(None, "FBGEMM's fp16", torch.bfloat16)
+    model = small_gpt().bfloat16()
+    model.h[1].mlp.c_fc.weight.data[0, 0] = 1e5
+    assert accelerate(model).endswith("so; 1 layers stay as they were, fp16 cannot hold them")
+    assert type(model.h[1].mlp.c_fc) is nn.Linear and type(model.h[0].mlp.c_fc) is fast.Half
 
 
 def test_a_recurrent_model_is_accelerated():
@@ -275,13 +294,17 @@ def test_measuring_happens_once_and_a_broken_cache_is_no_error(cache, monkeypatc
 
 
 def test_the_quickest_products_are_chosen_and_a_slow_setting_says_so():
-    name, why = fast.choose({"linear": [3.0, 3.0], "oneDNN's": [1.0, 2.0], "FBGEMM's fp16": [2.0, 1.5]})
-    assert name == "oneDNN's" and "3.00 x" in why and "1.50 x in prompts" in why
+    times = {"linear": [3.0, 3.0], "oneDNN's": [1.0, 2.0], "FBGEMM's fp16": [2.0, 1.5]}
+    name, why = fast.choose(times, None)
+    assert name == "oneDNN's" and "3.00 x the speed of plain" in why and "1.50 x in prompts" in why
     assert "SLOWER" not in why
-    name, why = fast.choose({"linear": [1.0, 3.0], "oneDNN's": [0.99, 3.0]})
+    name, why = fast.choose({"linear": [1.0, 3.0], "oneDNN's": [0.99, 3.0]}, None)
     assert name == "plain" and "no others are quicker" in why and "SLOWER" not in why
-    name, why = fast.choose({"linear": [2.0, 2.0], "plain": [9.0, 1.0], "torch's": [4.0, 4.0]})
-    assert name == "torch's" and "SLOWER" in why                        # int8: not "linear"
+    # quantised weights are compared with the best of the others, which is no choice for them
+    name, why = fast.choose({**times, "plain": [9.0, 1.0], "torch's": [2.0, 4.0]}, "int8")
+    assert name == "torch's" and "0.50 x the speed of unquantised" in why and "SLOWER" in why
+    name, why = fast.choose({**times, "plain": [9.0, 1.0], "torch's": [0.5, 4.0]}, "int4")
+    assert name == "torch's" and "2.00 x" in why and "SLOWER" not in why
 
 # ---------------------------------------------------------------------------- speculative decoding
 
@@ -410,6 +433,7 @@ def test_accepted_tokens_are_distributed_as_the_model_draws():
         assert 2 not in counts
 
 
+@pytest.mark.slow                            # the one before is quick
 @pytest.mark.parametrize("draft", [False, True])
 def test_sampled_speculation_has_the_distribution_of_sampling(draft):
     model = small_gpt(1, vocab_size=4, n_layer=1)
