@@ -1,14 +1,14 @@
 """Use a model: talk with it, give it one prompt, or have it answer a file of prompts.
 
     python chat.py out/gpt                       a run of train.py or finetune.py, or any checkpoint
-    python chat.py out/gpt --prompt "def "       one text, continued or answered
+    python chat.py out/gpt --prompt "def f"      one text, continued or answered
     python chat.py DIR --input prompts.jsonl --output answers.jsonl
     python chat.py DIR --inspect                 what DIR is taken for and why; nothing is loaded
 
 DIR may be an adapter (LoRA), which is merged with its base. It converses if the folder says that
 the model can (folder.py), else it completes text, and it says which and why; --chat decides
-otherwise. What was said stays in the model's memory: a turn computes only what is new, and a
-recurrent model's conversation, a file of a megabyte or less, goes on another day.
+otherwise. What was said stays in the model's memory: a turn computes only what is new, and /save
+keeps it for another day.
 
 From the top: command line; a conversation; typing; files of prompts.
 """
@@ -44,17 +44,19 @@ A message that begins with / needs a space before it. An empty line lets a text 
 
 
 def say(*words) -> None:
-    """What is not the model's goes to stderr: stdout has its words alone."""
+    """What is neither prompt nor answer goes to stderr."""
     print(*words, file=sys.stderr, flush=True)
 
 # ------------------------------------------------------------------------------------ command line
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None, parser: Parser | None = None):
     """The settings of a command line; exits with one line if they are impossible."""
-    parser = Parser(prog="chat.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = parser or Parser(prog="chat.py", description=__doc__.split("\n")[0],
+                              allow_abbrev=False)
     add = parser.add_argument
-    add("weights", metavar="DIR", help="a checkpoint or an adapter: folder or file")
+    add("weights", metavar="DIR", help="a checkpoint or an adapter: folder, file, or "
+        "a name to be downloaded, as openai-community/gpt2")
     add("--base", metavar="DIR", help="where an adapter's base is, if not where its config says")
     add("--inspect", action="store_true", help="say what DIR is and needs, and end")
     add("--chat", choices=(*text.CHAT_FORMATS, "none"), help="converse so; none: complete text")
@@ -123,21 +125,16 @@ def open_conversation(args) -> "Conversation":
     say("linear     " + fast.accelerate(model, args.bits, args.fast))
     conversation = Conversation(model, tokenizer, sampling, args.max_new_tokens, args.seed)
     if args.draft or args.lookup:
+        fast.refuse_recurrent(model)
         draft = load_checkpoint(args.draft, device, dtype) if args.draft else None
-        conversation.speculation = speculation(model, draft, args)
+        if draft is not None:
+            fast.accelerate(draft, None, args.fast)
+        probabilities = sys.modules[type(model).__module__].probabilities
+        conversation.speculation = fast.Speculation(probabilities, draft)
     conversation.stops |= stated_eos(*place.folders)
     conversation.stop_texts += args.stop
     conversation.reset(args.system)
     return conversation
-
-
-def speculation(model, draft, args) -> fast.Speculation:
-    """Speculative decoding by a draft model or, if it is None, by looking into the text."""
-    if draft is not None:
-        fast.accelerate(draft, None, args.fast)
-    fast.refuse_recurrent(model)
-    probabilities = sys.modules[type(model).__module__].probabilities
-    return fast.Speculation(probabilities, draft)
 
 # ---------------------------------------------------------------------------------- a conversation
 
@@ -208,7 +205,10 @@ class Conversation:
         encode = self.tokenizer.encode
         if self.format is None:
             ids = [id for m in messages for id in m.get("ids") or encode(m["content"])]
-            return [*self.tokenizer.prefix_ids, *ids] or [self.tokenizer.end_id]
+            ids = [*self.tokenizer.prefix_ids, *ids]
+            if not ids and self.tokenizer.end_id is None:
+                raise ValueError("an empty text: this vocabulary has no token to begin one with")
+            return ids or [self.tokenizer.end_id]
         plain = [{key: m[key] for key in m if key != "ids"} for m in messages]
         replies = iter([m.get("ids") for m in messages if m["role"] == "assistant"])
         return [id for ids, is_reply in self.tokenizer.chat_parts(plain)
@@ -231,12 +231,12 @@ class Conversation:
         return id in self.stops and "\n\n" not in self.tokenizer.decode([id])
 
     def is_ended(self, reply: str) -> bool:
-        """Whether a text ends it, which may be of several tokens."""
+        """Whether it contains a stop text."""
         return any(end in reply for end in self.stop_texts)
 
     def visible(self, reply: str, growing: bool = False) -> str:
         """What is shown of a reply: formats begin it with white space, stop texts end it. While it
-        is growing, its end waits where it may be the beginning of one."""
+        is growing, an end that may begin a stop text is held back."""
         for end in self.stop_texts:
             reply = reply.split(end)[0]
         waits = [n for end in self.stop_texts for n in range(1, len(end))
@@ -341,20 +341,15 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Write messages and memory to one new safetensors file."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        from safetensors.torch import save
         if path.exists():
             raise ValueError(f"{path} exists: choose another name")
         state = self.model.new_state(1, 1) if self.state is None else self.state
         about = {"model": repr(self.model.config), "format": self.format,
                  "messages": self.messages, "seen": self.seen}
-        part = f"{path}.part"
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in state._asdict().items()}, part,
-                      {"format": "pt", "conversation": json.dumps(about)})
-        except SafetensorError as error:     # no OSError, even where the disk is full
-            raise OSError(f"cannot save {path}: {error}") from None
-        os.replace(part, path)
+        with text.replacing(path) as file:
+            file.write(save({name: tensor.contiguous() for name, tensor in state._asdict().items()},
+                            {"format": "pt", "conversation": json.dumps(about)}))
 
     def load(self, path: Path) -> None:
         """Go on with what `save` wrote; ValueError or OSError if that fails, nothing changed."""
@@ -380,7 +375,8 @@ class Conversation:
         whole = whole and {*tensors} == {*kind._fields}
         if not whole or tensors["position"].tolist() != [len(seen)]:
             raise ValueError(f"{path} is damaged: its ids do not belong to its memory")
-        self.render(messages or [{"role": "user", "content": ""}])      # ValueError if it cannot be
+        if messages:
+            self.render(messages)            # ValueError if it cannot be
         self.state = moved(self.model, kind(**tensors), kind(**tensors).capacity)
         self.messages, self.seen = messages, seen
 
@@ -549,7 +545,7 @@ def count_answered(target: Path, rows: list[dict], source: Path) -> int:
 
 def answer_file(source: Path, target: Path, batch_size: int, conversation: Conversation) -> None:
     """Answer each row of a file. Each line is written as soon as it and those before are answered;
-    what another run wrote is gone on from, with the same batches, so that a seed repeats."""
+    an earlier run is continued with the same batches, so that a seed repeats."""
     jobs = read_prompts(source, conversation)
     done = count_answered(target, [row for row, _ in jobs], source)
     if done == len(jobs):
@@ -558,7 +554,7 @@ def answer_file(source: Path, target: Path, batch_size: int, conversation: Conve
     if done:
         say(f"[{done:,} of {len(jobs):,} are answered in {target}; going on from there]")
     written, progress, start, tokens = done - done % batch_size, text.Progress(True), time.time(), 0
-    with open(target, "a", encoding="utf-8") as file:    # a place that cannot be written: at once
+    with open(target, "a", encoding="utf-8") as file:    # an unwritable file fails at once
         def write(drawn):
             nonlocal written, tokens
             if written >= done:

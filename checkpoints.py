@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import re
+import reprlib
 import struct
 import sys
 import tempfile
@@ -28,6 +29,9 @@ import numpy as np
 import torch
 
 import tokenizer as text
+from card import write_card
+from hub import locate
+from published import save_weights
 from tokenizer import read_json
 
 MODELS = {"gpt": ("gpt", "GPT"), "llama3": ("llama3", "Llama3"), "glm4": ("glm4", "GLM4"),
@@ -173,24 +177,46 @@ def identify(path: Path) -> str:
     return found
 
 
-def locate(path: str | Path) -> Path:
-    """A folder or file as it is; a repository's id, as openai-community/gpt2: where it lies."""
-    path = Path(path)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()):
-        with contextlib.suppress(ImportError):          # without the package it is a missing folder
-            from huggingface_hub import snapshot_download
-            return Path(snapshot_download(path.as_posix()))
-    return path
+def refuse_lies(path: Path) -> None:
+    """ValueError for files that claim far more than they hold, before anything is allocated: sizes
+    in a config, tensors in a pickle, what a zip unpacks to; and for what is no file at all, as a
+    pipe, which would be read for ever."""
+    folder, kinds = path if path.is_dir() else path.parent, (".safetensors", ".bin", ".pt", ".pth")
+    files = [file for place in (folder, folder / "original") for file in place.glob("*")
+             if file.suffix in kinds]
+    files = [path] if path.is_file() else files
+    for file in files:
+        if file.exists() and not file.is_file():
+            raise ValueError(f"{file} is a device or a pipe, not a file of weights")
+    held = sum(file.stat().st_size for file in files if file.exists())
+    for file in files:
+        if not (file.suffix != ".safetensors" and zipfile.is_zipfile(file)):
+            continue
+        with zipfile.ZipFile(file) as content:              # torch.save packs, it does not compress
+            unpacked = sum(member.file_size for member in content.infolist())
+        if unpacked > 10**6 + 4 * file.stat().st_size:
+            raise ValueError(f"{file} would unpack to {unpacked:,} bytes: it is no file of torch.save")
+    stated = [read_json(folder / name) for name in ("config.json", "params.json")]
+    nanogpt = path / "ckpt.pt" if path.is_dir() else path
+    if nanogpt.suffix == ".pt" and zipfile.is_zipfile(nanogpt):
+        stated.append(read_pickle(nanogpt).get("model_args"))
+    for name, value in (pair for found in stated if isinstance(found, dict) for pair in found.items()):
+        layer = re.search("layer", name)     # each takes some 400 bytes of names alone
+        most = 1000 + held // 400 if layer else 10**6 + held
+        if (layer or re.search("hidden|embd|inner|ffn|intermediate|heads?|dim|channels|group", name)) \
+                and type(value) is int and value > most and held:
+            raise ValueError(f"{folder} states {name} {value:,}, but its weights have {held:,} bytes")
 
 
 def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrides):
-    """The model in a checkpoint, whichever of ours it is: a folder, a file or a repository's id.
+    """The model in a checkpoint, whichever of ours it is: a folder, a file or a name (hub.py).
 
     overrides: config fields that the file states wrongly. Whatever is wrong with the checkpoint is
     a ValueError or OSError of one line; running out of memory passes.
     """
     path = locate(path)
     with readable(path):
+        refuse_lies(path)
         name = identify(path)
     with readable(path, re.sub(r"(RWKV)", r"\1-", MODELS[name][1])), numpy_values():
         model_class, config_class, _ = model_parts(name)
@@ -336,7 +362,7 @@ def check_fields(config_class: type, values: dict, where) -> None:
         fits = type(value) in kinds or (float in kinds and type(value) is int)
         if name in types and not fits:
             wanted = " or ".join(sorted(kind.__name__ for kind in kinds - {type(None)}))
-            raise ValueError(f"{where}: {name} is {value!r}, but it takes {wanted}")
+            raise ValueError(f"{where}: {name} is {reprlib.repr(value)}, but it takes {wanted}")
 
 
 def eos_tokens(config) -> list[int]:
@@ -439,14 +465,15 @@ def make_run_directory(out: str | None, name: str) -> Path:
 
 
 def publish(model, tokenizer, settings, out: Path) -> None:
-    """Write what others open: weights in the published layout, tokenizer, settings."""
-    model.save_pretrained(out)
+    """Write what others open: weights in the published layout, tokenizer, settings, a card."""
+    save_weights(model.save_pretrained, out)
     tokenizer.save(out, model_max_length=model.config.context)
     write_text(out / "generation_config.json", json.dumps(
         {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id,
-         "pad_token_id": model.config.pad_token_id, "do_sample": True, "temperature": 0.8},
+         "pad_token_id": tokenizer.pad_id, "do_sample": True, "temperature": 0.8},
         indent=2) + "\n")
     write_settings(settings, out)
+    write_card(out)
 
 
 def write_settings(settings, out: Path) -> None:
@@ -456,28 +483,38 @@ def write_settings(settings, out: Path) -> None:
     write_text(out / "settings.json", json.dumps(values, indent=2) + "\n")
 
 
-def save_resume(out: Path, settings, run, tokenizer, key: str, config,
+def save_resume(folder: Path, settings, run, tokenizer, key: str, config,
                 **state) -> None:
-    """Replace resume/resume.pt, complete in itself: a kill leaves the old one or the new one."""
+    """Replace resume.pt, complete in itself (but for shards, which lie beside it): a kill leaves
+    the old one or the new one."""
     files = {name: data.decode("latin-1") for name, data in tokenizer.saved_files().items()}
-    path = out / "resume" / "resume.pt"
-    path.parent.mkdir(exist_ok=True)
+    path = folder / "resume.pt"
+    folder.mkdir(exist_ok=True)
     torch.save({**state, "settings": dataclasses.asdict(settings), "tokenizer": files, "data": key,
                 "config": dataclasses.asdict(config), "chat_format": tokenizer.chat_format,
                 "world": run.world, "spent": time.time() - run.started}, f"{path}.part")
     os.replace(f"{path}.part", path)
 
 
+def saved_shards(out: Path) -> list[Path]:
+    """Complete folders of cluster.saving in a run directory, the latest last."""
+    found = (out / "resume").glob("step-*")
+    steps = {int(path.name[5:]): path for path in found if path.name[5:].isdecimal()}
+    return [steps[step] for step in sorted(steps)]
+
+
 def load_resume(asked: str) -> tuple[Path, dict]:
     """(run directory, what save_resume wrote there); ValueError or OSError of one line."""
     out = Path(asked)
     if out.is_file():                        # resume.pt itself
-        out = out.parent.parent if out.parent.name == "resume" else out.parent
-    files = (out / "resume" / "resume.pt", out / "resume.pt")           # the latter: older runs
+        out = out.parent.parent if out.parent.name.startswith("step-") else out.parent
+        out = out.parent if out.name == "resume" else out
+    files = (*(folder / "resume.pt" for folder in saved_shards(out)[-1:]),
+             out / "resume" / "resume.pt", out / "resume.pt")           # the last: older runs
     found = next((file for file in files if file.exists()), None)
     if found is None:
         raise FileNotFoundError(f"--resume {out}: no resume/resume.pt there, nothing was saved yet")
-    saved = read_pickle(found)
+    saved = read_pickle(found) | {"folder": str(found.parent)}
     if "eos_token_id" not in saved.get("config", {}) or "keep" not in saved.get("settings", {}):
         raise ValueError(f"{found} was written by an earlier version, whose optimiser or schedule "
                          f"was another: train on from its weights with --init-from {out}")
@@ -496,8 +533,8 @@ def resume_settings(kind: type, saved: dict, asked, given: set[str], out: Path,
     """
     settings, changed = kind(**saved["settings"]), []
     if "steps" in given and settings.steps and asked.steps > settings.steps == saved["step"]:
-        raise ValueError(f"--steps {asked.steps} would change the result: {out} is finished and its "
-                         "learning rate has fallen; to train on from its weights: --init-from "
+        raise ValueError(f"--steps {asked.steps} would change the result: {out} is finished and "
+                         "its learning rate has fallen; to train on from its weights: --init-from "
                          f"{out} --steps {asked.steps - settings.steps}")
     for name in sorted(given - {"resume"}):
         value, before = getattr(asked, name), getattr(settings, name)
@@ -542,7 +579,9 @@ def can_draw() -> bool:
 
 
 def draw_log(out: Path) -> None:
-    """loss.png of what log.jsonl has, where matplotlib is installed."""
+    """loss.png of what log.jsonl has, where matplotlib is installed: the loss of each step as a
+    band, its mean over a thirtieth of the run, validation; in bits per byte what compressors need.
+    """
     if not can_draw():
         return
     from matplotlib import pyplot
@@ -551,18 +590,29 @@ def draw_log(out: Path) -> None:
     figure, panels = pyplot.subplots(1 + len(others), figsize=(7, 4 + 2 * len(others)), sharex=True,
                                      squeeze=False, layout="constrained")
     axes, *more = panels[:, 0]
-    axes.plot(list(train), list(train.values()), lw=0.8, label="training")
+    steps, losses = list(train), list(train.values())
+    half = len(losses) // 60
+    means = [np.mean(losses[max(0, i - half):i + half + 1]) for i in range(len(losses))]
+    axes.plot(steps, losses, color="C0", lw=0.6, alpha=0.3)
+    axes.plot(steps, means, color="C0", label="training")
     if val:
-        axes.plot(list(val), list(val.values()), "o-", label="validation")
-    axes.set(ylabel="loss (nats)", title=out.name)
+        axes.plot(list(val), list(val.values()), "o-", color="C1", label="validation")
+    if bits := measured(out, "bits_per_byte"):
+        ratio = np.mean([bits[step] / val[step] for step in bits])      # of a byte to a token
+        axes.secondary_yaxis("right", (lambda nats: nats * ratio, lambda bits: bits / ratio)
+                             ).set_ylabel("bits per byte")
+        for style, name in ((":", "gzip"), ("--", "xz")):
+            for needs in [*measured(out, name).values()][-1:]:
+                axes.axhline(needs / ratio, color="gray", ls=style, label=f"{name}: {needs:.2f}")
+    axes.set(ylabel="loss (nats a token)", title=out.name)
     axes.legend()
     for panel, (name, found) in zip(more, others.items()):
         panel.plot(list(found), list(found.values()), "o-", color="C1")
         panel.set(ylabel=f"validation: {name}")
     panels[-1, 0].set(xlabel="step")
-    figure.savefig(out / "loss.png.part", format="png", dpi=120)
+    with text.replacing(out / "loss.png") as file:
+        figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)
-    os.replace(out / "loss.png.part", out / "loss.png")
 
 
 def curve(losses: list[float], columns: int = 72, rows: int = 8) -> str:

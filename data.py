@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flags import Parser
+from flags import Parser, number
 from tokenizer import UNKNOWN, Progress, clean, load_tokenizer, replacing, train_bpe
 
 PIECE = 2 << 20         # characters that are read, and encoded, at a time
@@ -84,7 +84,7 @@ def list_files(entry: Path, walked: set):
 
 
 def objection(path: Path, encoding, any_rows) -> str:
-    """"reason: what to do" if a file cannot be used, judged by its beginning; else ""."""
+    """Why a file cannot be used, by its beginning: "reason: what to do"; else ""."""
     try:
         if not path.is_file():
             return "not a file: it is a broken link, a pipe or a device"
@@ -114,14 +114,15 @@ def shorten(names) -> str:
 INVALID = "\udc80"      # in text as it is read: an invalid sequence of bytes
 codecs.register_error("mark", lambda error: (INVALID, error.end))
 
-MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
-         codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}    # in this order
+MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le",            # UTF-32 first
+         codecs.BOM_UTF32_BE: "utf-32-be", codecs.BOM_UTF16_LE: "utf-16-le",
+         codecs.BOM_UTF16_BE: "utf-16-be"}
 KINDS = {".jsonl": "lines", ".ndjson": "lines", ".jsonlines": "lines", ".json": "json",
          ".parquet": "parquet"}
 
 
 def kind_of(path: Path) -> str:
-    """"lines" (JSON lines), "json", "parquet" or "text", by the name without .gz."""
+    """The kind, by the name without .gz: "lines" (JSON lines), "json", "parquet" or "text"."""
     return KINDS.get(Path(path.name.lower().removesuffix(".gz")).suffix, "text")
 
 
@@ -136,7 +137,8 @@ def open_text(path: Path, encoding: str | None = None, start=0):
             begins = file.read(4)
             mark = next((mark for mark in MARKS if begins.startswith(mark)), b"")
             file.seek(start or len(mark))
-            text = io.TextIOWrapper(file, MARKS.get(mark, encoding or "utf-8"), "mark", newline="\n")
+            encoding = MARKS.get(mark, encoding or "utf-8")
+            text = io.TextIOWrapper(file, encoding, "mark", newline="\n")
             while start and (line := text.readline(PIECE)) and not line.endswith("\n"):
                 pass
             yield text
@@ -176,7 +178,7 @@ def find_cut(text: str) -> int:
 
 
 def read_rows(path: Path, encoding: str | None = None, start=0):
-    """Yields (place, row) of JSON, JSON lines or parquet; place, "a.jsonl, line 3", is for messages.
+    """Yields (place, row) of JSON, JSON lines or parquet; place: for messages, "a.jsonl, line 3".
 
     A .json is a list of rows, {"data": [rows]} or one row, over any number of lines; or JSON lines.
     """
@@ -280,7 +282,7 @@ def sample(files, encoding=None, seed=0, limit=64 << 20, whole=False):
     whole: nothing of these files is held out.
 
     Of more it reads about as much: blocks of PIECE bytes, evenly spread over all files. (Of a .gz,
-    .json or .parquet that is how it begins. The last tenth of a text is counted in bytes here.)
+    .json or .parquet its beginning. The last tenth of a text is counted in bytes here.)
     """
     by_document = not whole and splits_by_document(files, encoding, seed)
     number = itertools.count()
@@ -303,7 +305,7 @@ def sample(files, encoding=None, seed=0, limit=64 << 20, whole=False):
 
 
 def take(texts, room: int):
-    """Yields texts until they have `room` characters; the last may be cut"""
+    """Yields texts until they have `room` characters; the last may be cut."""
     for text in texts:
         yield text[:room]
         room -= len(text)
@@ -318,12 +320,11 @@ def pack(files, tokenizer, directory, split_seed=0, encoding=None, workers=None,
          val=()):
     """Turns files (of `find_files`) into directory/train.bin and val.bin, on several processes.
 
-    val: files to validate on; then nothing of `files` is held out.
-
     Each document is followed by tokenizer.end_id; documents keep their order, and the result is the
-    same for any number of workers (None: one for each 8 MB, at most a core each). Both files appear
-    whole or not at all. Returns {"train": {"documents", "bytes" (of UTF-8), "tokens"}, "val": ...,
-    "notices": [...]}. ValueError: no text at all, or a file with more than 1 % of invalid text.
+    same for any number of workers (None: one for each 8 MB, at most a core each). val: files to
+    validate on; then nothing of `files` is held out. Both token files appear whole or not at all.
+    Returns {"train": {"documents", "bytes" (of UTF-8), "tokens"}, "val": ..., "notices": [...]}.
+    ValueError: no text at all, or a file with more than 1 % of invalid text.
     """
     if tokenizer.end_id is None:
         raise ValueError("this tokenizer has no token that ends a document")
@@ -392,14 +393,15 @@ def notices(seen, hashes, encoding) -> list[str]:
             raise ValueError(f"{path} is not {encoding or 'UTF-8'}: name its encoding, as in "
                              "--encoding gb18030")
     copies = len(hashes) - len(set(hashes))
+    total = sum(invalid.values())
     return [told for count, told in (
-        (invalid, f"{sum(invalid.values())} invalid sequences became U+FFFD: {shorten([*invalid])}"),
+        (total, f"{total} invalid sequences became U+FFFD: {shorten([*invalid])}"),
         (seen["empty"], f"{seen['empty']} empty documents left out"),
         (copies, f"{copies} of {len(hashes)} documents are copies of others")) if count]
 
 
 def encode_all(jobs, tokenizer, workers):
-    """Yields (split, tokens) of each job, in order; no more jobs wait than keep the workers busy."""
+    """Yields (split, tokens) of each job, in order; only so many wait as keep the workers busy."""
     if workers == 1:
         yield from ((split, encode_parts(parts, tokenizer)) for split, parts in jobs)
         return
@@ -472,8 +474,7 @@ def open_tokens(path, vocab_size: int | None = None, headerless=False) -> tuple[
                 raise ValueError
         expected = start + {"uint16": 2, "uint32": 4}[header["dtype"]] * header["tokens"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a token file written by this project (nanoGPT's: "
-                         "headerless=True)") from None
+        raise ValueError(f"{path} is not a token file written by this project") from None
     if size != expected:
         raise ValueError(f"{path} has {size} bytes instead of {expected}: it is cut off or damaged")
     dtype, crc, highest = np.dtype(header["dtype"]).newbyteorder("<"), 0, -1
@@ -495,22 +496,21 @@ def open_tokens(path, vocab_size: int | None = None, headerless=False) -> tuple[
 # ---- command line --------------------------------------------------------------------------------
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
+    """`python tokenizer.py`."""
     parser = Parser(description="Packs text into token files, train.bin and val.bin.")
     add = parser.add_argument
-    add("data", nargs="+", metavar="DATA", help="text, JSON, JSON lines, parquet; folders, patterns")
+    add("data", nargs="+", metavar="DATA", help="text, JSON, parquet; folders and patterns of them")
     add("--out", required=True, metavar="DIR", help="folder for the result")
     add("--tokenizer", metavar="NAME_OR_PATH", help="bytes, gpt2, a file or a folder; without it a "
         "new one is trained on the text")
     add("--vocab", type=int, metavar="N", help="size of the new vocabulary (4096)")
     add("--encoding", metavar="NAME", help="of text without a byte order mark (utf-8)")
-    add("--workers", type=int, metavar="N", help="processes (as many as pay)")
+    add("--workers", type=number(int, low=1), metavar="N", help="processes (as many as pay)")
     add("--seed", type=int, default=0, metavar="N", help="of what is held out (0)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.tokenizer and args.vocab:
         parser.error("--vocab is for a new vocabulary: leave it or --tokenizer out")
-    if args.workers is not None and args.workers < 1:
-        parser.error(f"--workers {args.workers}: at least 1")
     try:
         files, notices = find_files(args.data, args.encoding)
         if args.tokenizer:

@@ -25,9 +25,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -37,13 +35,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import cluster
 import tokenizer as text
 import train
+from card import write_card
 from checkpoints import (check_vocabulary, config_values, draw_log, eos_tokens, identify,
-                         load_checkpoint, load_resume, locate, make_run_directory, model_parts,
-                         publish, read_json, readable, resume_settings, save_resume,
-                         saved_tokenizer)
-from lora import add_lora, load_adapter, merged, save_adapter
+                         load_checkpoint, load_resume, make_run_directory, model_parts,
+                         publish, readable, resume_settings, save_resume, saved_tokenizer)
+from hub import locate
+from lora import adapter_folder, add_lora, find_base, load_adapter, merged, save_adapter
+from published import read_head, save_head, save_weights
 from rows import (EMPTY, Notices, RewardError, all_labels, chat_parts, content_of, conversation,
                   ending, excluded, header_rows, label_key, label_of, label_rows, load_reward,
                   naming, preference_rows, question_rows, read_rows, score_code, shown, split,
@@ -55,18 +56,20 @@ from train import Run, flag
 
 @dataclasses.dataclass
 class Settings(train.Common):
-    """Settings of finetune.py. task: the only one that a flag belongs to; needs: another flag."""
+    """Settings of finetune.py. task, needs: the --task and the flag that a flag requires."""
     data: list[str] = flag([], "files of examples (without: made from Python's standard library)")
     columns: list[str] = flag([], "OURS=THEIRS: names of columns, as label=v1 text=v2")
     tokenizer: str | None = flag(None, "folder, file or name (the checkpoint's)")
     context: int | None = flag(None, "longest example, in tokens; the rest is cut off (1024, or "
                                "the model's)", "block_size", low=16)
     out: str | None = flag(None, "the run directory (out/MODEL-TASK, then out/MODEL-TASK-2, ...)")
+    base: str | None = flag(None, "where the base of an adapter in --init-from is, if it moved",
+                            needs="init_from")
     epochs: float | None = flag(None, "instead of --steps: passes over the data (by task)", above=0)
     lr: float | None = flag(None, "peak learning rate (by task and width)", "learning_rate",
                             above=0)
     weight_decay: float = flag(0.0, "decay of the matrices", low=0)
-    compile: str = flag("off", "compile the step", choices=("auto", "on", "off"))
+    compile: str = flag("off", "compile the loss", choices=("auto", "on", "off"))
     task: str | None = flag(None, "what is learned", choices=("sft", "classify", "dpo", "grpo"))
     hold_out: float = flag(0.1, "fraction of the data to validate on", above=0, high=0.5)
     chat: str | None = flag(None, "chat format, or none: plain text (the tokenizer's own, else "
@@ -77,6 +80,9 @@ class Settings(train.Common):
     max_new_tokens: int = flag(64, "longest completion of grpo, and of samples", low=1)
     lora: int | None = flag(None, "train an adapter of this rank instead of the matrices", low=1)
     lora_alpha: float | None = flag(None, "its strength (twice the rank)", needs="lora", above=0)
+    base_dtype: str | None = flag(None, "what the frozen weights are kept in, to save memory; "
+                                  "computed in bfloat16 (fp32)", needs="lora",
+                                  choices=("bfloat16", "int8", "int4"))
     lora_targets: str = flag(r"\.\d+\.", "layers that get one, a regular expression; every block's",
                              needs="lora")
     merge: bool = flag(False, "write merged weights, no adapter; without --task: only that")
@@ -85,13 +91,13 @@ class Settings(train.Common):
                      task="classify")
     balance: bool = flag(False, "drop examples until all labels have as many", task="classify")
     predict: str | None = flag(None, "label the texts of this file, and stop", task="classify")
-    beta: float = flag(0.1, "what leaving the start costs", task="dpo", above=0)
+    beta: float = flag(0.1, "DPO's beta, as in the paper", task="dpo", above=0)
     label_smoothing: float = flag(0.0, "fraction of wrong preferences", task="dpo", low=0, high=0.5)
     reward: str | None = flag(None, "EXECUTED file with reward(prompt, completion)", task="grpo")
     group: int = flag(8, "completions of each prompt", task="grpo", low=2)
     temperature: float = flag(0.8, "of sampling", task="grpo", above=0)
     updates: int = flag(2, "steps on the same completions", task="grpo", low=1)
-    clip_ratio: float = flag(0.2, "how far they may change a probability", task="grpo", above=0)
+    clip_ratio: float = flag(0.2, "PPO's clipping range of the ratio", task="grpo", above=0)
     kl: float = flag(0.05, "weight of the divergence from the start", task="grpo", low=0)
 
 # ---------------------------------------------------------------------------------- the four losses
@@ -185,7 +191,7 @@ def length(example: dict) -> int:
 def groups(examples: list[dict], budget: int):
     """Yield lists of examples of similar length: at most `budget` tokens each, padding included.
 
-    A batch more costs a small model the time of about 128 tokens: so much padding is worth it.
+    For a small model one more batch costs about as much as 128 tokens of padding.
     """
     group = []
     for example in sorted(examples, key=length):
@@ -202,7 +208,7 @@ def groups(examples: list[dict], budget: int):
 def collate(examples: list[dict], context: int) -> dict[str, Tensor]:
     """One batch: "tokens", "targets" (B, T) and "length" (B,) of all rows; their numbers, (b,).
 
-    A row holds one example, then padding, which is no target. As no architecture looks to the
+    A row holds one sequence, then padding, which is no target. As no architecture looks to the
     right, nothing leaks from one example into another: not by attention, not by a state. T is a
     multiple of 16, if the context allows: for each new shape, kernels must be found or compiled.
     """
@@ -246,6 +252,7 @@ class Task(nn.Module):
     torch.compile can wrap it. Each of the four has, too, example(row): {"rows": [(inputs, targets),
     ...]} and what else the loss needs, or None where nothing is to be learnt; measures(examples):
     {name: value}; sample(examples): a text. kept: what a resumed run needs beside the weights."""
+    unit = "tokens"                          # what its targets are
 
     def __init__(self, settings: Settings, run: Run, tokenizer, model, kept: dict):
         super().__init__()
@@ -277,24 +284,31 @@ class Task(nn.Module):
         """Note that a row gives no example."""
         self.notices[f"rows are left out: {why}"] += 1
 
-    def batches(self, examples: list[dict]):
-        """Yield (examples, their batch on the device), as much at once as fits."""
-        for group in groups(examples, self.settings.micro_batch * self.settings.context):
-            yield group, train.to_device(collate(group, self.settings.context), self.run.device)
+    def micro_batches(self, batches: Batches, step: int) -> list[dict[str, Tensor]]:
+        """What this process learns from in a step."""
+        return batches(step)
+
+    def on_device(self, examples: list[dict]):
+        """Yield (examples, their batch on the device), as much at once as fits. With --shard, all
+        processes yield equally many: a repeated batch has no examples."""
+        made = [*groups(examples, self.settings.micro_batch * self.settings.context)]
+        for group, real, _ in cluster.in_step(self.run, made):
+            batch = train.to_device(collate(group, self.settings.context), self.run.device)
+            yield group if real else [], batch
 
     @torch.no_grad()
     def total(self, sums, examples: list[dict]) -> list[float]:
         """sums(batch), a vector, added up over the examples, of which each process has a part."""
         mine, total = examples[self.run.rank::self.run.world], 0.0
-        for _, batch in self.batches(mine or examples[:1]):
+        for group, batch in self.on_device(mine or examples[:1]):
             with self.run.autocast():
-                total = total + sums(batch).cpu().double()
-        return self.run.sum(*(total * bool(mine)).tolist())
+                total = total + sums(batch).cpu().double() * bool(mine and group)
+        return self.run.sum(*total.tolist())
 
     def save_pretrained(self, out: Path) -> None:
         """What checkpoints.publish writes of the weights."""
         if self.settings.lora and not self.settings.merge:
-            save_adapter(self.model, self.settings, out)
+            save_adapter(self.model, self.settings, out, self.settings.out)
         else:
             merged(self.model).save_pretrained(out)
 
@@ -351,19 +365,20 @@ def width(model) -> int:
 
 class Classify(Task):
     """Which label a text has: a linear head on the hidden vector of its last token."""
+    unit = "texts"
 
     def __init__(self, settings, run, tokenizer, model, kept):
         super().__init__(settings, run, tokenizer, model, kept)
         self.labels, self.confusion = kept["labels"], None
         self.places = {label_key(label): n for n, label in enumerate(self.labels)}
-        self.head = nn.Linear(width(model), len(self.labels))
+        bias = kept.get("bias", False)       # of earlier runs
+        self.head = nn.Linear(width(model), len(self.labels), bias=bias)
         nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
-        if not settings.lora and settings.tune == "last":               # and the norm after it
+        if not settings.lora and settings.tune == "last":
             blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
             inside, last = ({id(p) for p in m.parameters()} for m in (blocks, blocks[-1]))
             for p in model.parameters():
-                p.requires_grad_(id(p) in last or p.dim() == 1 and id(p) not in inside)
+                p.requires_grad_(id(p) in last or p.dim() == 1 and id(p) not in inside)  # last norm
 
     def logits(self, batch: dict) -> Tensor:
         """(B, K) fp32."""
@@ -429,18 +444,16 @@ class Classify(Task):
             print(f"{self.labels[label]}\t{p:.3f}\t{' '.join(row['text'].split())}")
 
     def save_pretrained(self, out: Path) -> None:
-        from safetensors.torch import save_file
         super().save_pretrained(out)
-        save_file(self.head.state_dict(), out / "head.safetensors.part",
-                  {"format": "pt", "labels": json.dumps(self.labels)})
-        os.replace(out / "head.safetensors.part", out / "head.safetensors")
+        save_head(out, self.labels, self.head.state_dict(), self.tokenizer.pad_id)
 
 
 class DPO(Task):
     """Direct preference optimisation: of two replies, make the chosen one more likely."""
+    unit = "pairs"
 
     def log_ratios(self, batch: dict) -> Tensor:
-        """(b,): log p(chosen) - log p(rejected); the rows of a batch are one and the other."""
+        """(b,): log p(chosen) - log p(rejected); they alternate in the batch."""
         chosen, rejected = log_probs(self.model, batch).sum(1).view(-1, 2).unbind(1)
         return chosen - rejected
 
@@ -473,7 +486,7 @@ class DPO(Task):
         """Give each example its log-ratio at the start; a resumed run has kept it."""
         if "reference" not in self.kept:
             self.run.say(f"reference  log-probabilities of {len(examples)} pairs at the start")
-            for group, batch in self.batches(examples[self.run.rank::self.run.world]):
+            for group, batch in self.on_device(examples[self.run.rank::self.run.world]):
                 with self.run.autocast():
                     for example, ratio in zip(group, self.log_ratios(batch).tolist()):
                         example["reference"] = ratio
@@ -496,7 +509,7 @@ class DPO(Task):
         """Held-out pairs and their margins."""
         lines = []
         for example in examples:
-            [(_, batch)] = self.batches([example])
+            [(_, batch)] = self.on_device([example])
             (*asked, chosen), (*_, rejected) = example["messages"]
             lines += [f"margin {self.margins(batch).item():+.2f}  {shown(asked)}",
                       f"    chosen   {chosen['content']!r:.80}",
@@ -559,6 +572,8 @@ class GRPO(Task):
             ids, group = prompt["rows"][0][0], drawn[n * size:(n + 1) * size]
             texts = [self.tokenizer.to_bytes([id for id in new if id not in self.silent], False)
                      .decode("utf-8", "replace") for new in group]
+            if self.tokenizer.chat_format:   # what is seen of a reply, as in chat.py
+                texts = [words.strip() for words in texts]
             rewards = self.score(prompt, texts, [new[-1] in self.stop for new in group])
             for new, words, reward, better in zip(group, texts, rewards, advantages(rewards)):
                 row = ([*ids, *new][:-1], [-100] * (len(ids) - 1) + new)
@@ -567,7 +582,7 @@ class GRPO(Task):
         return made
 
     def means(self, made: list[dict]) -> dict:
-        """Of completions drawn: reward, length, and which part no other of their group equals."""
+        """Means over completions: reward, length; the fraction that is distinct in its group."""
         size = self.settings.group
         different = sum(len({m["text"] for m in made[i:i + size]})
                         for i in range(0, len(made), size))
@@ -575,13 +590,19 @@ class GRPO(Task):
                             different, len(made))
         return {n: total / sums[3] for n, total in zip(("reward", "length", "distinct"), sums)}
 
+    def micro_batches(self, batches: Batches, step: int) -> list[dict[str, Tensor]]:
+        """New completions, which serve --updates steps."""
+        now = step // self.settings.updates
+        if self.kept.get("round") != now:
+            self.kept.update(round=now, drawn=self.rollouts(batches.chosen(now), step))
+        return self.kept["drawn"]
+
     @torch.no_grad()
     def rollouts(self, prompts: list[dict], step: int) -> list[dict[str, Tensor]]:
         """Micro-batches of new completions, with their log-probabilities now and at the start."""
-        seed = (self.settings.seed * 1_000_003 + step) * self.run.world + self.run.rank
-        made, batches = self.draw(prompts, seed), []
+        made, batches = self.draw(prompts, self.run.step_seed(self.settings.seed, step)), []
         self.kept["means"] = self.means(made)
-        for _, batch in self.batches(made):
+        for _, batch in self.on_device(made):
             with self.run.autocast():
                 batch["old"] = log_probs(self.model, batch, self.settings.temperature)
                 batch["reference"] = (log_probs(self.start, batch, self.settings.temperature)
@@ -616,6 +637,18 @@ def check_settings(settings: Settings, given: set[str]) -> None:
             raise ValueError(f"{name} is a flag of --task {about['task']}")
         if spec.name in given and "needs" in about and not getattr(settings, about["needs"]):
             raise ValueError(f"{name} needs --{about['needs']}")
+    if settings.base_dtype:
+        if settings.base_dtype != "bfloat16" and settings.task == "grpo":
+            raise ValueError(f"--base-dtype {settings.base_dtype} is not for grpo, which needs the "
+                             "original weights too: take bfloat16")
+        if settings.merge or settings.dtype not in (None, "bfloat16"):
+            raise ValueError("--base-dtype computes in bfloat16 and leaves an adapter, which "
+                             "belongs to the original weights: without --dtype and --merge")
+        settings.dtype = "bfloat16"
+    if settings.shard and (settings.base_dtype or settings.task == "grpo"
+                           or settings.compile != "off"):
+        raise ValueError("--shard is for sft, classify and dpo (grpo draws on each process by "
+                         "itself), without --base-dtype and --compile")
     if settings.steps and settings.epochs:
         raise ValueError("--steps and --epochs each decide how long it takes: give one")
     if settings.task == "grpo" and settings.data and not settings.reward:
@@ -627,15 +660,18 @@ def open_start(settings: Settings):
     """(name in MODELS, model on the CPU, tokenizer) of --init-from: of a checkpoint, or of an
     adapter, which is merged with its base."""
     folder = base = locate(settings.init_from)
-    adapter = folder / "adapter_config.json"
-    if adapter.exists():
+    adapter = adapter_folder(folder)
+    if settings.base and not adapter:
+        raise ValueError(f"--base is for adapters, and {folder} is none")
+    if adapter:
         if settings.lora:
             raise ValueError(f"--lora: {folder} is an adapter itself: --merge it first")
-        base = locate(str(read_json(adapter).get("base_model_name_or_path")))
+        folder, base = adapter, find_base(adapter, settings.base)
     name = identify(base)
     values = config_values(model_parts(name)[1], settings.config)
-    model = load_checkpoint(base, "cpu", torch.float32, **values)
-    if adapter.exists():
+    dtype = torch.bfloat16 if settings.base_dtype else torch.float32
+    model = load_checkpoint(base, "cpu", None if settings.shard else dtype, **values)
+    if adapter:
         load_adapter(folder, model)
         model = merged(model)
     tokenizer = text.load_tokenizer(settings.tokenizer or folder)
@@ -648,17 +684,23 @@ def open_start(settings: Settings):
 
 def write_merged(settings: Settings, run: Run, name: str, model, tokenizer) -> None:
     """--merge without --task: the plain checkpoint that an adapter makes of its base."""
-    out = make_run_directory(settings.out, name)
-    model.save_pretrained(out)
+    out, place = make_run_directory(settings.out, name), Path(settings.init_from)
+
+    def save(folder):
+        model.save_pretrained(folder)
+        if head := read_head(place):
+            save_head(folder, *head, tokenizer.pad_id)
+    save_weights(save, out)
     tokenizer.save(out, model_max_length=model.config.context)
-    for extra in ("head.safetensors", "generation_config.json"):
-        if Path(settings.init_from, extra).exists():
-            shutil.copy(Path(settings.init_from, extra), out)
+    if (place / "generation_config.json").exists():
+        shutil.copy(place / "generation_config.json", out)
+    write_card(out)
     run.say(f"run        {out}: the merged weights")
 
 
 def fill_defaults(settings: Settings, tokenizer, model) -> None:
-    """Decide what was left open and does not need the data."""
+    """Decide what was left open and does not need the data: also the chat format, and which tokens
+    end a reply, in the tokenizer and in the model's config."""
     _, _, batch, epochs, rate = RECIPES[settings.task]
     settings.batch = settings.batch or batch
     settings.epochs = settings.epochs or (None if settings.steps else epochs)
@@ -666,8 +708,9 @@ def fill_defaults(settings: Settings, tokenizer, model) -> None:
     if most and (settings.context or 0) > most:
         raise ValueError(f"--context {settings.context}: the model's is {most}")
     settings.context = settings.context or min(1024, most or 1024)
-    if settings.lora:                        # its learning rate need not fall as fast with width
+    if settings.lora:
         settings.lora_alpha = settings.lora_alpha or 2.0 * settings.lora
+    # the learning rate of an adapter need not fall as fast with the width
     settings.lr = settings.lr or 1e-3 * rate * (3 * narrow if settings.lora else narrow**2)
     if settings.chat is None:                # a model that completes text goes on doing so
         plain = settings.task == "grpo" and not (settings.data and tokenizer.chat_format)
@@ -684,14 +727,15 @@ def open_task(settings: Settings, run: Run, tokenizer, model, rows: list[dict], 
     """The task on the device, with new adapters, and with a new head or that of --init-from."""
     torch.manual_seed(settings.seed)         # adapters and heads are drawn
     if settings.lora:
-        add_lora(model, settings)
-    head, file = {}, Path(settings.init_from, "head.safetensors")
+        bits = settings.base_dtype if settings.base_dtype != "bfloat16" else None
+        add_lora(model, settings, bits)
+    head, start = {}, Path(settings.init_from)
     if settings.task == "classify" and not kept:
-        if file.exists():
-            from safetensors import safe_open
-            with readable(file), safe_open(file, framework="pt") as opened:
-                kept["labels"] = json.loads(opened.metadata()["labels"])
-                head = {name: opened.get_tensor(name) for name in opened.keys()}
+        with readable(start):
+            found = read_head(start)
+        if found:
+            kept["labels"], head = found
+            kept["bias"] = "bias" in head
         elif settings.predict:
             raise ValueError(f"--predict: {settings.init_from} has no head yet: train one first")
         else:
@@ -703,12 +747,12 @@ def open_task(settings: Settings, run: Run, tokenizer, model, rows: list[dict], 
     task.notices = notices
     if head:
         task.head.load_state_dict(head)
-    return task.to(run.device).train(settings.task == "sft")            # the others: no dropout
+    return task.train(settings.task == "sft")               # the others: no dropout
 
 
 def plan(settings: Settings, run: Run, name: str, task: Task, learn: list[dict],
          held: list[dict]) -> float:
-    """Decide what depends on data and machine, and say it; about how many targets a step has."""
+    """Decide what depends on data and machine, and say it; roughly the targets of a step."""
     if settings.batch < run.world:
         raise ValueError(f"--batch {settings.batch} leaves some of {run.world} processes idle")
     for what, examples in (("learn from", learn), ("measure on", held)):
@@ -724,6 +768,10 @@ def plan(settings: Settings, run: Run, name: str, task: Task, learn: list[dict],
     known = sum(id != -100 for e in learn for _, targets in e["rows"] for id in targets)
     sizes = {name: p.numel() for name, p in task.named_parameters()}    # GRPO's has its start, too
     total = sum(size for name, size in sizes.items() if not name.startswith("start."))
+    total += sum(m.frozen.shape.numel() for m in task.modules() if getattr(m, "frozen", None))
+    kept = sum(sizes.values())
+    if settings.base_dtype:                  # counted in numbers of 4 bytes
+        kept = sum(t.nbytes for t in [*task.parameters(), *task.buffers()]) // 4
     learned = sum(p.numel() for p in task.parameters() if p.requires_grad)
     source = ", ".join(settings.data) or "the source of Python's standard library"
     run.say(f"data       {source}: {len(learn)} examples to learn from, {len(held)} held out")
@@ -732,7 +780,7 @@ def plan(settings: Settings, run: Run, name: str, task: Task, learn: list[dict],
     run.say(f"model      {name}, {total:,} parameters, of which {learned:,} learn")
     with torch.device("meta"):
         empty = train.NextTokenLoss(type(task.model)(task.config).train())
-    train.plan_memory(settings, run, empty, rows, sum(sizes.values()), learned)
+    train.plan_memory(settings, run, empty, rows, kept, learned)
     run.say(f"plan       {settings.task}: {settings.steps} steps of {settings.batch} examples, "
             f"learning rate {settings.lr:.2g}" + (
                 f", chat format {settings.chat}" if settings.task != "classify" else ""))
@@ -743,7 +791,7 @@ def plan(settings: Settings, run: Run, name: str, task: Task, learn: list[dict],
 
 def finetune(settings: Settings, given: set[str]) -> None:
     """The script: model, rows, task, loop."""
-    saved = None
+    saved, again = None, cluster.restarted(settings, given)
     if settings.resume:
         out, saved = load_resume(settings.resume)
         settings, changed = resume_settings(Settings, saved, settings, given, out,
@@ -755,7 +803,12 @@ def finetune(settings: Settings, given: set[str]) -> None:
     if saved:
         name, tokenizer = saved["name"], saved_tokenizer(saved)
         model_class, config_class, _ = model_parts(name)
-        model = model_class(config_class(**saved["config"]))
+        if settings.base_dtype:              # what is frozen in few bits is not saved
+            _, model, _ = open_start(settings)
+            model.config = config_class(**saved["config"])
+        else:
+            with torch.device("meta" if settings.shard else "cpu"):
+                model = model_class(config_class(**saved["config"]))
     else:
         name, model, tokenizer = open_start(settings)
         if not settings.task:
@@ -765,9 +818,11 @@ def finetune(settings: Settings, given: set[str]) -> None:
     notices = Notices()
     reading = (settings.encoding, settings.columns, notices)
     rows = read_rows(place, *reading) if place else RECIPES[settings.task][1]()
+    if saved:
+        saved["task"].setdefault("bias", "head.bias" in saved.get("model", ()))
     task = open_task(settings, run, tokenizer, model, rows, saved["task"] if saved else {}, notices)
     if settings.predict:
-        task.predict(rows)
+        task.to(run.device).predict(rows)
         for notice in notices.lines():
             print(notice, file=sys.stderr)
         return
@@ -780,31 +835,31 @@ def finetune(settings: Settings, given: set[str]) -> None:
     if saved and key != saved["data"]:
         raise ValueError(f"--resume {settings.out}: the data have changed since it was started")
     nominal = plan(settings, run, name, task, learn, held)
-    if settings.task == "dpo":
-        task.remember_start(learn + held)
     if settings.checkpoint_activations:
         train.checkpoint_blocks(task.model)
+    whole = cluster.shard(task, run) if run.sharded else task.to(run.device)
+    if settings.task == "dpo":
+        task.remember_start(learn + held)
     batches = Batches(learn, settings, run)
-    optimizer = train.make_optimizer(task, settings.weight_decay)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    step, skipped, best = 0, 0, {"step": 0, "done": 0.0, "measures": {}}
+    optimizer, scaler = train.make_optimizer(task, settings.weight_decay), run.scaler()
+    step, best = 0, {"step": 0, "done": 0.0, "measures": {}}
 
-    def micro_batches(step):
-        """GRPO draws its own; each round of them serves some steps."""
-        if settings.task != "grpo":
-            return batches(step)
-        now = step // settings.updates
-        if task.kept.get("round") != now:
-            task.kept.update(round=now, drawn=task.rollouts(batches.chosen(now), step))
-        return task.kept["drawn"]
+    def publish_weights():
+        with cluster.gathered(whole, task, run) as full:
+            if run.rank == 0:
+                publish(full, tokenizer, settings, run.out)
 
     def save():
+        with cluster.saving(task, optimizer, run, Path(settings.out), step) as folder:
+            if run.rank == 0:
+                tensors = {} if run.sharded else {"model": task.state_dict(),
+                                                  "optimizer": optimizer.state_dict()}
+                save_resume(folder, settings, run, tokenizer, key, task.config, name=name,
+                            step=step, before=before, best=best, task=task.kept,
+                            scaler=scaler.state_dict(), **tensors)
+        if settings.keep == "last" or best["step"] in (0, step):
+            publish_weights()
         if run.rank == 0:
-            save_resume(run.out, settings, run, tokenizer, key, task.config, name=name, step=step,
-                        before=before, best=best, task=task.kept, model=task.state_dict(),
-                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            if settings.keep == "last" or best["step"] in (0, step):
-                publish(task, tokenizer, settings, run.out)
             draw_log(run.out)
 
     @contextlib.contextmanager
@@ -817,14 +872,9 @@ def finetune(settings: Settings, given: set[str]) -> None:
             raise ValueError(f"{error}; the state after step {step} is saved: --resume {run.out} "
                              "goes on") from None
     if saved:
-        task.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        step, run.started = saved["step"], time.time() - saved["spent"]
-        best = saved.get("best", best)
+        step, best = train.restore(run, saved, changed, task, optimizer, scaler, task)
         if max(run.world, saved["world"]) > 1:                          # each has drawn its own
             task.kept.pop("round", None)
-        train.say_changes(run, saved, changed)
     held_out = held[:settings.eval_examples]
     before = saved["before"] if saved else task.measures(held_out)
     run.say("before     " + train.shown(before))
@@ -833,35 +883,31 @@ def finetune(settings: Settings, given: set[str]) -> None:
     if not saved:
         run.say(task.sample(held[:settings.samples]))
     if run.rank == 0:
-        run.out = out if saved else make_run_directory(settings.out, f"{name}-{settings.task}")
+        run.out = (out if saved else Path(settings.out) if again
+                   else make_run_directory(settings.out, f"{name}-{settings.task}"))
         settings.out = str(run.out)
+        cluster.mark_run(run.out)
         run.say(f"run        {run.out}")
         if not saved:
             run.log(step=0, **before)
-    loss = task
-    if settings.compile != "off":
-        loss = train.compile_loss(settings.compile, run, task, micro_batches(step)[0])
+    settings.out, loss = cluster.agree(run, settings.out), task
+    if settings.compile != "off":            # else nothing is drawn before the loop
+        loss = train.compile_loss(settings.compile, run, task, task.micro_batches(batches, step)[0])
+    loss = cluster.overlapping(loss, run, settings.task == "classify")
     pace = train.Pace(settings, run, step)
     with train.Interrupt() as interrupt, saving():
         while pace.done < 1:
             begun = time.perf_counter()
-            torch.manual_seed((settings.seed * 1_000_003 + step) * run.world + run.rank)
+            torch.manual_seed(run.step_seed(settings.seed, step))
             lr = train.learning_rate(settings, step, pace.steps)
-            mean, norm, count = train.training_step(run, loss, optimizer, scaler,
-                                                    micro_batches(step), lr, settings.clip, nominal)
+            mean, norm, count = train.training_step(
+                run, loss, optimizer, scaler, task.micro_batches(batches, step), lr, settings.clip,
+                nominal)
             speed = count / (time.perf_counter() - begun)
-            skipped = train.count_skipped(run, skipped, step, mean, norm)
             step += 1
             pace.after(step)
-            drawn = task.kept.get("means", {})                          # by GRPO
-            earned = f"  reward {drawn['reward']:.3f}" if drawn else ""
-            run.say_step(f"step {step}/{pace.steps}  loss {mean:.4f}{earned}  lr {lr:.2e}  norm "
-                         f"{norm:.2f}  {speed:,.0f} tokens/s  {train.clock(pace.left)} left", step,
-                         pace.steps)
-            run.log(step=step, loss=mean, lr=lr, norm=norm, tokens_per_s=speed, skipped=skipped,
-                    seconds=time.time() - run.started, peak_bytes=train.peak_bytes(run.device),
-                    **{f"drawn_{name}": value for name, value in drawn.items()})
-            if skipped == 10:
+            pace.report(step, mean, lr, norm, speed, task.unit, **task.kept.get("means", {}))
+            if pace.skipped == 10:
                 step -= 10
                 save()
                 raise ValueError("ten steps in a row had no finite loss or gradient: the state "
@@ -872,12 +918,10 @@ def finetune(settings: Settings, given: set[str]) -> None:
                 run.say("           validation: " + train.shown(after))
                 if not best["step"] or better(after, best["measures"]):
                     best = {"step": step, "done": pace.done, "measures": after}
-                    if settings.keep == "best" and run.rank == 0:
-                        publish(task, tokenizer, settings, run.out)
-                elif settings.keep == "best" and pace.done - best["done"] > 1 / 3:
-                    run.say(f"stopped    at step {step}: no validation has been better than that "
-                            f"of step {best['step']} for a third of the run")
-                    pace.done = 1.0
+                    if settings.keep == "best":
+                        publish_weights()
+                elif settings.keep == "best":
+                    pace.stop_if_no_better(step, best)
             if pace.done < 1 and pace.due(settings.sample_every, 3, step):
                 run.say(task.sample(held[:settings.samples]))
             stop = interrupt.seen(run)
@@ -887,10 +931,12 @@ def finetune(settings: Settings, given: set[str]) -> None:
                 run.say(f"stopped after step {step}; to go on:  "
                         f"python finetune.py --resume {run.out}")
                 raise SystemExit(128 + stop)
-    if settings.keep == "last" or best["step"] == step:                 # else it is not what is kept
+    if settings.keep == "last" or best["step"] == step:                 # else it is not kept
         run.say(task.sample(held[:settings.samples]))
     after = best["measures"] if settings.keep == "best" else task.measures(held_out)
     save()
+    if run.rank == 0:
+        write_card(run.out)
     if settings.keep == "best":
         run.say(f"the weights kept are those of step {best['step']}, the best validation")
     for measure, value in after.items():
@@ -902,6 +948,9 @@ def finetune(settings: Settings, given: set[str]) -> None:
         use = f"python finetune.py --merge --init-from {settings.out} --out NEW"
     run.say(f"{train.clock(time.time() - run.started)} in all, peak memory "
             f"{train.peak_bytes(run.device) / 2**30:.2f} GB. Use it:  {use}")
+    if not settings.data:
+        run.say(f"With your own examples: python finetune.py --task {settings.task} --init-from "
+                f"{settings.init_from} --data FILE ...")
 
 
 def better(measures: dict, than: dict) -> bool:

@@ -17,10 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 import tokenizer as text
 from checkpoints import (MODELS, check_vocabulary, eos_tokens, identify, innermost,
-                         load_checkpoint, locate, read_json, read_pickle, readable)
+                         load_checkpoint, read_json, read_pickle, readable)
+from hub import locate
 from lora import adapter_folder, adapters, find_base, load_adapter
 from plan import free_bytes
 from process import choose_device
+from published import is_classifier
 
 LIMITS = {"temperature": "0 (the likeliest token) or more", "top_k": "a whole number, at least 1",
           "top_p": "0 to 1"}
@@ -48,7 +50,7 @@ class Place:
         folder = self.weights if self.weights.is_dir() else self.weights.parent
         self.folders = [self.adapter, folder] if self.adapter else [folder]     # the first wins
         self.classifier = None               # what to do with one
-        if (self.folders[0] / "head.safetensors").exists():
+        if is_classifier(self.folders[0]):
             self.classifier = (f"{path} labels texts, it does not write any: python finetune.py "
                                f"--task classify --init-from {path} --predict FILE")
 

@@ -7,13 +7,13 @@ forward pass, in which each block reads the residual stream x (T, C) and adds to
     L times:
         q, k, v = rotate(h W_q + b), rotate(h W_k + b), h W_v + b       h = norm(x)
         y = softmax(q kᵀ / √D + mask) v                 H heads; mask: -∞ for what comes later
-        x = x + N(concat(y) W_o)                        N: norm in GLM-4-0414, else nothing
+        x = x + N(concat(y) W_o)                        N: norm in 0414, else the identity
         x = x + N((SiLU(h W_gate) * h W_up) W_down)     h = norm(x) again; SwiGLU, a gated MLP
     logits = norm(x) W_head
 
-    norm(x) = x / √(mean(x²) + ε) * weight              RMSNorm; torch's rounds last, as theirs does
+    norm(x) = x / √(mean(x²) + ε) * weight              RMSNorm (bf16: see below)
     SiLU(x) = x / (1 + exp(-x))
-    rotate, at position t, turns neighbours (a, b) = (2j, 2j + 1) among the first R of D channels:
+    rotate, at position t, turns the values a, b of channels 2j, 2j + 1 of a head, for 2j < R:
         (a cos φ - b sin φ, a sin φ + b cos φ)          φ = t ω_j,  ω_j = rope_theta^(-2j/R)
 
       channel of a head    0 1    2 3    4 5 6 7        D = 8, R = 4
@@ -21,8 +21,9 @@ forward pass, in which each block reads the residual stream x (T, C) and adds to
 
 What differs from GPT-2 (gpt.py):
 
-* positions are rotations of half of each head of q and k (RoPE); long contexts, other rope_theta;
-* RMSNorm subtracts no mean and has no bias; GLM-4-0414 also norms what each half of a block adds;
+* positions are rotations of half of each head of q and k (RoPE), slower for longer contexts;
+* RMSNorm subtracts no mean and has no bias (rounded after the weight, as in THUDM's code and torch,
+  transformers rounds before); GLM-4-0414 also norms what each half of a block adds;
 * all heads of q share 2 (or 4) heads of k and v, for a smaller cache (drawn in llama3.py);
 * the MLP is gated, with gate and up in one matrix; the head is a matrix of its own;
 * only q, k and v have a bias, in 32B-0414 nothing has.
@@ -38,7 +39,7 @@ their original layout (.bin, int8, int4 too; their code is not run), Hugging Fac
     model = GLM4.from_pretrained("path/to/glm-4-9b-chat")   # or GLM4(SIZES["glm-4-9b"]), untrained
     [new] = model.generate([[151331, 151333, 98]], 20, temperature=0.8, top_p=0.8, seed=1)
     model.save_pretrained("copy")                           # transformers opens it
-    tokens = torch.tensor([[151331, 151333, 98, 99]])       # (B, T); to train on them:
+    tokens = torch.tensor([[151331, 151333, 98, 99]])       # (B, T), after [gMASK] <sop>; to train:
     F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     torch.optim.AdamW(model.parameter_groups(weight_decay=0.1), **model.OPTIMIZER).step()
 """
@@ -47,6 +48,7 @@ import json
 import math
 import os
 import re
+import shutil
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -59,7 +61,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class GLM4Config:
-    """Sizes of a GLM, named as in Hugging Face's config.json and with its defaults."""
+    """Sizes of a GLM, named as in Hugging Face's config.json; the defaults are transformers'."""
     max_position_embeddings: int = 131072
     hidden_size: int = 4096
     num_hidden_layers: int = 40
@@ -90,10 +92,7 @@ class GLM4Config:
             raise ValueError(f"partial_rotary_factor {self.partial_rotary_factor} rotates {R} of "
                              f"{self.head_dim} channels: they go in pairs")
 
-    @property
-    def context(self) -> int:
-        """The longest sequence that the model can process, in tokens."""
-        return self.max_position_embeddings
+    context = property(lambda self: self.max_position_embeddings, doc="The longest sequence.")
 
     @classmethod
     def sized(cls, layers: int, width: int, vocab_size: int, context: int) -> "GLM4Config":
@@ -101,7 +100,7 @@ class GLM4Config:
         heads = 2 * max(1, round(width / 256))
         size = 4 * max(1, round(width / heads / 4))                     # R = D/2 is even
         return cls(context, width, layers, heads, 2, size,
-                   32 * max(1, round(width / 32 * 13696 / 4096)), vocab_size)
+                   32 * max(1, round(width * 13696 / 4096 / 32)), vocab_size)
 
 
 V3 = dict(vocab_size=65024, num_hidden_layers=28, rms_norm_eps=1e-5, eos_token_id=2, pad_token_id=0)
@@ -120,14 +119,14 @@ SIZES = {                                    # context, hidden_size, layers, H, 
 
 
 def inverse_frequency(config: GLM4Config, dtype: torch.dtype = torch.float32) -> Tensor:
-    """ω: (R/2,) on the CPU, the angle in radians by which each pair turns per position, computed in
-    the order of the official code: at position 10^6, rounding in fp32 alone turns by up to 0.03."""
+    """ω: (R/2,) on the CPU, radians per position for each pair, in the official order of steps: at
+    position 10^6, rounding in fp32 changes an angle by up to 0.03."""
     R = int(config.head_dim * config.partial_rotary_factor)
     return 1.0 / config.rope_theta ** (torch.arange(0, R, 2, dtype=dtype, device="cpu") / R)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first R channels of x (B, heads, T, D) in fp32; cos, sin (B, 1, T, R/2)."""
+    """Turn neighbours among the first R channels of x (B, heads, T, D); cos, sin (B, 1, T, R/2)."""
     R = 2 * cos.shape[-1]
     a, b = x[..., 0:R:2], x[..., 1:R:2]                                 # (B, heads, T, R/2)
     turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
@@ -156,10 +155,10 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values, place = cache
             k, v = store(keys, place, k), store(values, place, v)               # (B, K, slots, D)
-        if T == 1:         # heads that share a key are rows of one query; enable_gqa is 10x slower
-            q = q.reshape(B, self.kv_heads, -1, q.shape[-1])                    # (B, K, H/K, D)
+        if T == 1:           # heads that share k and v become H/K queries of one head, without GQA
+            q = q.reshape(B, self.kv_heads, -1, q.shape[-1])  # 10 x faster: (B, K, H/K, D)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,  # T = 1 would see only key 0
             enable_gqa=q.shape[1] != k.shape[1]).reshape(B, self.heads, T, -1)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
         # --- end of attend ---
@@ -187,14 +186,14 @@ class Block(nn.Module):
         C, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = nn.RMSNorm(C, eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(C, eps)  # its published name: before the MLP
+        self.post_attention_layernorm = nn.RMSNorm(C, eps)  # as published; it norms the MLP's input
         self.mlp = MLP(config)
         N = nn.RMSNorm if config.sandwich_norms else nn.Identity
         self.post_self_attn_layernorm, self.post_mlp_layernorm = N(C, eps), N(C, eps)
 
     def forward(self, x, rotation, mask, cache):
         y = self.self_attn(self.input_layernorm(x), rotation, mask, cache)
-        x = x + self.post_self_attn_layernorm(y.to(x.dtype))            # differs under autocast
+        x = x + self.post_self_attn_layernorm(y.to(x.dtype))            # under autocast bf16
         return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)).to(x.dtype))
 
 
@@ -204,10 +203,7 @@ class State(NamedTuple):
     key: Tensor                              # (B, L, K, M, D), rotated, in the parameters' dtype
     value: Tensor                            # (B, L, K, M, D)
 
-    @property
-    def capacity(self) -> int:
-        """M, the number of tokens that fit."""
-        return self.key.shape[3]
+    capacity = property(lambda self: self.key.shape[3], doc="M, the number of tokens that fit.")
 
 
 # --- cache: the same in gpt.py, llama3.py, glm4.py (tests/test_same.py) ---
@@ -215,7 +211,7 @@ def look_back(tokens: Tensor, state: State | None, context: int):
     """Where new tokens (B, T) stand and what they see: (positions, mask, caches).
 
     positions: (B or 1, T). mask: None where plain causal attention is right, else (B, 1, T, slots),
-    True for what is seen. T = 2 new tokens of two rows that have seen 3 and 1 see the slots x:
+    True for what is seen. Two rows that have seen 3 and 1 tokens get T = 2 more (x: True):
 
         row 0   x x x x .        row 1   x x . . .
                 x x x x x                x x x . .
@@ -232,21 +228,21 @@ def look_back(tokens: Tensor, state: State | None, context: int):
         raise ValueError(f"{B} rows of tokens, but a state of {len(state.position)}")
     positions = state.position[:, None] + steps                         # (B, T)
     rows, heads = (torch.arange(n, device=tokens.device) for n in (B, state.key.shape[2]))
-    place = rows[:, None, None], heads[:, None], positions[:, None]     # together (B, heads, T)
-    slots, plain = state.capacity, False     # under torch.compile, whose shapes are static
+    place = rows[:, None, None], heads[:, None], positions[:, None]     # broadcast: (B, heads, T)
+    slots, causal = state.capacity, False    # torch.compile: fixed shapes, no check
     if not torch.compiler.is_compiling():
-        low, high = torch.stack(state.position.aminmax()).tolist()      # one GPU synchronisation
+        low, high = torch.stack(state.position.aminmax()).tolist()      # waits for the GPU, once
         slots = high + T
         if slots > state.capacity:
             raise ValueError(f"{slots} tokens do not fit: the context of the model is {context}, "
                              f"the capacity of the state {state.capacity}")
         if low == high:                      # the same slots in all rows: faster by a slice
             place = ..., slice(high, slots), slice(None)
-            plain = high == 0 or T == 1      # an empty cache; one token, which sees all
+            causal = high == 0 or T == 1     # an empty cache; one token, which sees all
     seen = torch.arange(slots, device=tokens.device) <= positions[:, None, :, None]
-    return positions, None if plain else seen, [
-        (state.key[:, i, :, :slots], state.value[:, i, :, :slots], place)
-        for i in range(state.key.shape[1])]
+    caches = [(state.key[:, i, :, :slots], state.value[:, i, :, :slots], place)
+              for i in range(state.key.shape[1])]
+    return positions, None if causal else seen, caches
 
 
 def store(cache: Tensor, place: tuple, new: Tensor) -> Tensor:
@@ -255,9 +251,10 @@ def store(cache: Tensor, place: tuple, new: Tensor) -> Tensor:
     Earlier entries are constants: gradients flow only into `new`.
     """
     cache[place] = new.detach().to(cache.dtype)
-    whole = cache.to(new.dtype, copy=torch.is_grad_enabled())           # differs under autocast
-    if torch.is_grad_enabled():
-        whole[place] = new
+    if not torch.is_grad_enabled():
+        return cache.to(new.dtype)           # no copy, unless autocast gave `new` another dtype
+    whole = cache.to(new.dtype, copy=True)   # kept by autograd, while the cache is overwritten
+    whole[place] = new
     return whole
 # --- end of cache ---
 
@@ -278,12 +275,12 @@ class GLM4(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.inverse_frequency = inverse_frequency(config)   # no buffer: never cast, never on meta
-        if not self.lm_head.weight.is_meta:  # on the meta device, drawing would only take time
+        if not self.lm_head.weight.is_meta:  # on meta, drawing takes seconds
             self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Megatron-LM's, from which the authors' code descends, as they published none: norms 1,
+        """As Megatron-LM, on which the authors' code is based, since they published none: norms 1,
         biases 0, the rest normal, residual projections scaled by 1/√(2 L)."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -312,7 +309,7 @@ class GLM4(nn.Module):
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, V): the head."""
+        """(B, T, C) -> (B, T, V): the head, for a loss that is computed piece by piece."""
         return self.lm_head(hidden)
 
     def forward(self, tokens: Tensor, state: State | None = None, last: bool = False) -> Tensor:
@@ -329,11 +326,9 @@ class GLM4(nn.Module):
                      like.new_zeros(shape))
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay.
-
-        It ignores `lr_scale` (of the learning rate) and `hidden_matrix` (2-D, inside a block: for
-        optimisers like Muon), which are for train.py.
-        """
+        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay. AdamW ignores
+        two keys, which train.py reads: `lr_scale`, a factor of the learning rate, and
+        `hidden_matrix`, true for the 2-D matrices inside the blocks (for optimisers like Muon)."""
         blocks, tables, vectors = [], [], []
         for name, p in self.named_parameters():
             (vectors if p.dim() < 2 else blocks if "layers." in name else tables).append(p)
@@ -354,8 +349,8 @@ class GLM4(nn.Module):
         state: continue this cached sequence (one prompt only) and leave it advanced; the last token
         drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
-        c, context = self.config, self.config.context or math.inf
-        stop = c.eos_token_id if stop is None else stop
+        context, V = self.config.context or math.inf, self.config.vocab_size
+        stop = self.config.eos_token_id if stop is None else stop
         stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
         for tokens in (*prompts, stop):
             if not isinstance(tokens, (list, tuple, set)) or not {*map(type, tokens)} <= {int}:
@@ -364,16 +359,16 @@ class GLM4(nn.Module):
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
         low, high = min(map(min, prompts)), max(map(max, prompts))
-        if low < 0 or high >= c.vocab_size:
-            raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
-                             f"{c.vocab_size - 1}: is this the model's own tokenizer?")
+        if low < 0 or high >= V:
+            raise ValueError(f"prompt tokens {low} to {high}, but the vocabulary has 0 to {V - 1}")
         if not (max_new_tokens >= 0 and temperature >= 0 and (top_k is None or top_k >= 1)
                 and (top_p is None or 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        longest = past + max(map(len, prompts))
-        needed = max(longest, min(longest + max_new_tokens, context) - 1)   # the last is not fed
+        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
+        # what will be fed: not the last new token. A limit below 0: the prompt is too long
+        needed = past + max(len(p) + max(n - 1, 0) for p, n in zip(prompts, limits))
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
@@ -382,9 +377,8 @@ class GLM4(nn.Module):
         if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        generator = torch.Generator()
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        seed = torch.Generator().seed() if seed is None else seed
+        generator = torch.Generator().manual_seed(seed)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         new, active = [[] for _ in prompts], {row for row in order if limits[row]}
         modes = {module: module.training for module in self.modules()}
@@ -401,7 +395,7 @@ class GLM4(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that ended are fed too, into slots that exist
+                if active:                   # ended rows are fed too, but inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
@@ -428,7 +422,7 @@ class GLM4(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str = "cpu",
                         dtype: torch.dtype | None = None, **overrides) -> "GLM4":
-        """Read a checkpoint, folder or file, in any layout named on top; one copy in memory.
+        """Read a checkpoint, folder or file, in any layout named on top; memory holds it once.
 
         dtype None keeps the stored one; float16 overflows in 0414, bfloat16 does not.
         overrides: config fields that the file states wrongly, as glm-4-9b-chat-hf and -chat-1m-hf
@@ -441,12 +435,12 @@ class GLM4(nn.Module):
         tensors = dequantised(read_tensors(path), stated.get("quantization_bit"))
         weights = {name: nn.Parameter(tensor.to(device, dtype))
                    for name, tensor in to_ours(tensors, config)}
-        if config.tie_word_embeddings:       # one Parameter, two names; a head of its own wins
-            table = weights["model.embed_tokens.weight"]
-            head = weights.get("lm_head.weight", table)
-            tied = head is table or torch.equal(head.to(table.dtype), table)
-            config = replace(config, tie_word_embeddings=tied)
-            weights["lm_head.weight"] = table if tied else head
+        if config.tie_word_embeddings:       # a head that differs from the table wins: then untied
+            head, table = weights.get("lm_head.weight"), weights["model.embed_tokens.weight"]
+            if head is None or torch.equal(head.to(table.dtype), table):
+                weights["lm_head.weight"] = table       # one Parameter under two names
+            else:
+                config = replace(config, tie_word_embeddings=False)
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -457,19 +451,19 @@ class GLM4(nn.Module):
         Glm4 with `sandwich_norms`, else of Glm, in which ChatGLM3 runs unchanged."""
         from safetensors.torch import save_file
         weights, stated = Path(directory, "model.safetensors"), Path(directory, "config.json")
-        for older in ("ckpt.pt", "consolidated.00.pth", "model.safetensors.index.json"):
-            if Path(directory, older).exists():
-                raise ValueError(f"{directory} holds {older}, which would be read: move it away")
+        if (older := Path(directory, "model.safetensors.index.json")).exists():
+            raise ValueError(f"{older} is of another model: move it away")
         weights.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         if self.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
         kind = "Glm4" if self.config.sandwich_norms else "Glm"
+        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
         config = dict(architectures=[f"{kind}ForCausalLM"], model_type=kind.lower(),
-                      torch_dtype=str(self.lm_head.weight.dtype).removeprefix("torch."),
-                      hidden_act="silu", **asdict(self.config))
+                      torch_dtype=dtype, dtype=dtype, hidden_act="silu", **asdict(self.config))
         save_file(tensors, f"{weights}.part", {"format": "pt"})
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(f"{stated}.part", f"{weights}.part")            # safetensors leaves 0600
         os.replace(f"{weights}.part", weights)
         os.replace(f"{stated}.part", stated)
 
@@ -487,12 +481,14 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
-        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        # Sorting all of V is slow. The p < (1 - top_p) / V weigh less than 1 - top_p together, so
+        # they lie behind the cut and can go first; half of that, for rounding.
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)
         for row in probs:                                               # (V,), few of them not 0
             likely = row.nonzero()[:, 0]
             falling, order = row[likely].sort(descending=True, stable=True)
-            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
+            before = falling.cumsum(-1) - falling                       # the mass in front of each
+            row[likely[order[before > top_p]]] = 0.0
     return probs
 
 
@@ -500,8 +496,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
            generator: torch.Generator) -> Tensor:
     """(B, V) logits -> (B,) tokens, drawn on the CPU: a seed means the same on every device."""
     if not logits.amax().isfinite():
-        raise ValueError("the logits hold NaN or infinity: damaged weights, or too narrow a dtype "
-                         "(float16 overflows where bfloat16 does not)")
+        raise ValueError("the logits hold NaN or infinity: damaged weights, or float16 too narrow")
     if temperature == 0:
         return logits.argmax(-1)
     probs = probabilities(logits.float().cpu(), temperature, top_k, top_p)
@@ -513,46 +508,37 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 
 # --- read_tensors: the same in gpt.py, llama3.py, glm4.py (tests/test_same.py) ---
 def read_tensors(path: Path):
-    """Yield (name, tensor) from a weights file, or from those of a folder; mapped, not copied."""
+    """Yield (name, tensor) from a weights file, or from those of a folder; mapped, not copied.
+    Without what trainers put around them: dicts, and prefixes of DDP, FSDP, torch.compile, peft."""
     if path.is_dir():
         kinds = ("model.safetensors.index.json", "model.safetensors",
                  "pytorch_model.bin.index.json", "pytorch_model.bin")
         path = next((path / kind for kind in kinds if (path / kind).exists()), path / kinds[1])
-    files = {path: None}                     # file -> the names to read from it; None: all
-    if path.name.endswith(".index.json"):    # the index decides which files belong together
-        whole = path.with_name(path.name.removesuffix(".index.json"))
-        files, places = {}, json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        for name, file in places.items():
-            if Path(file).name != file or "\\" in file:
-                raise ValueError(f"{path} puts {name} into {file}, which is not a file beside it")
-            files.setdefault(path.parent / file, []).append(name)
+    outer = ("model", "state_dict", "model_state_dict", "module")
+    # _orig_mod.transformer.h.0.ln_1.weight and h.0._fsdp_wrapped_module.ln_1.weight are h.0.ln_1...
+    prefixes = r"^((base_model|model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\."
+    files, seen = {path: None}, set()        # file: the names to read from it (None: all)
+    if path.suffix == ".json":               # the index decides which files belong together
+        files, whole = {}, path.with_name(path.name.removesuffix(".index.json"))
+        for name, place in json.loads(path.read_text(encoding="utf-8"))["weight_map"].items():
+            files.setdefault(path.with_name(place), []).append(name)    # no other folder's
         if whole.exists() and whole not in files:
             raise ValueError(f"{whole} and an index of other files: remove the older save")
     for file, names in files.items():
         if file.suffix == ".safetensors":
-            from safetensors import safe_open
-            with safe_open(file, framework="pt") as content:
-                for name in names or content.keys():
-                    yield name, content.get_tensor(name)
+            from safetensors.torch import load_file
+            content = load_file(file)
         else:                                # a pickle; torch before 1.6 wrote it without a zip
             content = torch.load(file, map_location="cpu", weights_only=True,
                                  mmap=zipfile.is_zipfile(file))
-            outer = ("model", "state_dict", "model_state_dict", "module")
-            while inner := next((content[k] for k in outer if isinstance(content.get(k), dict)), 0):
-                content = inner
-            for name in names or content:
-                yield name, content[name]
-
-
-def unwrapped(tensors):
-    """Yield (name, tensor) without prefixes: of AutoModel, DDP, FSDP, torch.compile, peft."""
-    seen = set()
-    for name, tensor in tensors:
-        name = re.sub(r"^((base_model|model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name)
-        if name in seen:
-            raise ValueError(f"{name} is there twice, behind different prefixes: which is meant?")
-        seen.add(name)
-        yield name, tensor
+        while around := next((key for key in outer if isinstance(content.get(key), dict)), None):
+            content = content[around]
+        for name in names or content:
+            plain = re.sub(prefixes, "", name)
+            if plain in seen:
+                raise ValueError(f"{plain} is there twice, behind different prefixes: which is it?")
+            seen.add(plain)
+            yield plain, content[name]
 # --- end of read_tensors ---
 
 
@@ -562,7 +548,7 @@ FIELDS = {                                   # config.json of the original layou
     "kv_channels": "head_dim", "seq_length": "max_position_embeddings",
     "layernorm_epsilon": "rms_norm_eps", "add_qkv_bias": "attention_bias",
 }
-RENAMED = {                                  # in its names of tensors: in ours, Hugging Face's
+RENAMED = {                                  # part of its tensor names: of ours; in this order
     "embedding.word_embeddings": "embed_tokens", "encoder.": "", "output_layer": "lm_head",
     "final_layernorm": "norm",
     "self_attention.dense": "self_attn.o_proj", "self_attention": "self_attn",
@@ -587,7 +573,7 @@ def to_config(stated: dict) -> GLM4Config:
     if stated["model_type"] == "chatglm":
         stated = {"rope_ratio": 1, "add_qkv_bias": False, **stated}
         stated |= {ours: stated[theirs] for theirs, ours in FIELDS.items()}
-        stated["rope_theta"] = 10000.0 * stated["rope_ratio"]           # not the positions
+        stated["rope_theta"] = 10000.0 * stated["rope_ratio"]    # the base, not positions
     stated["sandwich_norms"] = stated["model_type"] == "glm4"
     return GLM4Config(**{f.name: stated[f.name] for f in fields(GLM4Config) if f.name in stated})
 
@@ -595,20 +581,20 @@ def to_config(stated: dict) -> GLM4Config:
 def to_ours(tensors, config: GLM4Config):
     """Yield (our name, our tensor) for each published one."""
     H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    for name, tensor in unwrapped(tensors):
+    for name, tensor in tensors:
         for theirs, ours in RENAMED.items():
             name = name.replace(theirs, ours)
         name = name if name.startswith("lm_head.") else f"model.{name}"
         if "query_key_value" in name:                                   # the rows of q, of k, of v
             for letter, part in zip("qkv", tensor.tensor_split((H * D, (H + K) * D))):
                 yield name.replace("query_key_value", f"{letter}_proj"), part
-        elif name != "model.rotary_pos_emb.inv_freq":                   # saved, never used
+        elif name not in ("model.rotary_pos_emb.inv_freq", "model.score.weight"):   # never used
             yield name, tensor
 
 
 def dequantised(tensors, bits: int | None):
-    """Yield the tensors, ChatGLM3's int8 and int4 (two columns a byte, the even one high) as what
-    they stand for: each row of integers times its scale (quantization.py beside its model)."""
+    """Yield the tensors, ChatGLM3's int8 and int4 (two columns a byte, the even one high)
+    dequantised: each row of integers times its scale (quantization.py beside its model)."""
     halves = {}                              # integers and scales whose other half is yet to come
     for name, tensor in tensors:
         base = name.removesuffix("_scale")
@@ -618,8 +604,8 @@ def dequantised(tensors, bits: int | None):
             halves[base] = tensor
         else:
             scale, q = sorted((tensor, halves.pop(base)), key=Tensor.dim)   # (rows,), a matrix
-            if scale.shape != q.shape[:1]:   # a single scale would do for every row
+            if scale.shape != q.shape[:1]:   # one of shape (1,) would broadcast
                 raise ValueError(f"{base} is {[*q.shape]}, its scales are {[*scale.shape]}")
             if bits == 4:
-                q = torch.stack((q >> 4, q << 4 >> 4), dim=-1).flatten(-2)  # the sign comes along
+                q = torch.stack((q >> 4, q << 4 >> 4), dim=-1).flatten(-2)  # shifts keep the sign
             yield base, q * scale[:, None]

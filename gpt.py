@@ -13,9 +13,9 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
     LN(x) = (x - mean(x)) / √(var(x) + ε) * weight + bias           over the channels
     GELU(x) = x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))              close to x Φ(x)
 
-The other models of this project are best read as departures from this one. They change its learned
-positions (there are none beyond `n_positions`), its LayerNorm, its heads with keys and values each
-of their own, its MLP of one GELU, and the head that is the token table again (tied weights).
+In training, dropout follows the embeddings, the softmax, W_o and W_out. Llama 3 and GLM-4 change
+six things: learned positions, which end at `n_positions`; LayerNorm; most biases; keys and values
+for every head; the MLP; and the head, which is the token table (tied weights).
 
     B batch   T time   C channels (n_embd)   H heads   D head size   L layers   V vocabulary
     M cache capacity in tokens
@@ -27,15 +27,17 @@ Face layout (safetensors or bin, keys with or without `transformer.`) and nanoGP
     model = GPT.from_pretrained("path/to/gpt2")             # or GPT(SIZES["gpt2"]), untrained
     [new] = model.generate([[464, 3290]], 20, temperature=0.8, top_k=50, seed=1)
     model.save_pretrained("copy")                           # transformers opens it
-    tokens = torch.tensor([[464, 3290, 318, 257]])          # (B, T); to train on them:
-    F.cross_entropy(model.train()(tokens)[0, :-1], tokens[0, 1:]).backward()
-    torch.optim.AdamW(model.parameter_groups(weight_decay=0.1), 3e-5, **model.OPTIMIZER).step()
+    tokens = torch.tensor([[464, 3290, 318, 257]])          # (B, T) "The dog is a"; to train:
+    model.train()                                           # dropout on
+    F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    torch.optim.AdamW(model.parameter_groups(weight_decay=0.1), **model.OPTIMIZER).step()
 """
 import itertools
 import json
 import math
 import os
 import re
+import shutil
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -79,14 +81,11 @@ class GPTConfig:
         if self.activation_function not in GELUS:
             raise ValueError(f"activation_function {self.activation_function!r} not in {[*GELUS]}")
 
-    @property
-    def context(self) -> int:
-        """The longest sequence that the model can process, in tokens."""
-        return self.n_positions
+    context = property(lambda self: self.n_positions, doc="The longest sequence.")
 
     @classmethod
     def sized(cls, layers: int, width: int, vocab_size: int, context: int) -> "GPTConfig":
-        """GPT-2 of this depth and width: heads of about 64 channels, an MLP four times as wide."""
+        """GPT-2 of this depth and width: heads of 64 channels or more, an MLP 4 x as wide."""
         heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
         return cls(vocab_size, context, width, layers, heads, n_inner=4 * width)
 
@@ -113,13 +112,13 @@ class Attention(nn.Module):
     def forward(self, x, mask, cache):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.heads, -1)
-        q, k, v = qkv.transpose(1, 3).unbind(2)                         # (B, H, T, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, H, T, D)
         if cache is not None:
             keys, values, place = cache
             k, v = store(keys, place, k), store(values, place, v)       # (B, H, slots, D)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-            dropout_p=self.dropout if self.training else 0.0)           # (B, H, T, D)
+            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and T > 1)    # (B, H, T, D); T = 1 would see only key 0
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -158,10 +157,7 @@ class State(NamedTuple):
     key: Tensor                              # (B, L, H, M, D), in the parameters' dtype
     value: Tensor                            # (B, L, H, M, D)
 
-    @property
-    def capacity(self) -> int:
-        """M, the number of tokens that fit."""
-        return self.key.shape[3]
+    capacity = property(lambda self: self.key.shape[3], doc="M, the number of tokens that fit.")
 
 
 # --- cache: the same in gpt.py, llama3.py, glm4.py (tests/test_same.py) ---
@@ -169,7 +165,7 @@ def look_back(tokens: Tensor, state: State | None, context: int):
     """Where new tokens (B, T) stand and what they see: (positions, mask, caches).
 
     positions: (B or 1, T). mask: None where plain causal attention is right, else (B, 1, T, slots),
-    True for what is seen. T = 2 new tokens of two rows that have seen 3 and 1 see the slots x:
+    True for what is seen. Two rows that have seen 3 and 1 tokens get T = 2 more (x: True):
 
         row 0   x x x x .        row 1   x x . . .
                 x x x x x                x x x . .
@@ -186,21 +182,21 @@ def look_back(tokens: Tensor, state: State | None, context: int):
         raise ValueError(f"{B} rows of tokens, but a state of {len(state.position)}")
     positions = state.position[:, None] + steps                         # (B, T)
     rows, heads = (torch.arange(n, device=tokens.device) for n in (B, state.key.shape[2]))
-    place = rows[:, None, None], heads[:, None], positions[:, None]     # together (B, heads, T)
-    slots, plain = state.capacity, False     # under torch.compile, whose shapes are static
+    place = rows[:, None, None], heads[:, None], positions[:, None]     # broadcast: (B, heads, T)
+    slots, causal = state.capacity, False    # torch.compile: fixed shapes, no check
     if not torch.compiler.is_compiling():
-        low, high = torch.stack(state.position.aminmax()).tolist()      # one GPU synchronisation
+        low, high = torch.stack(state.position.aminmax()).tolist()      # waits for the GPU, once
         slots = high + T
         if slots > state.capacity:
             raise ValueError(f"{slots} tokens do not fit: the context of the model is {context}, "
                              f"the capacity of the state {state.capacity}")
         if low == high:                      # the same slots in all rows: faster by a slice
             place = ..., slice(high, slots), slice(None)
-            plain = high == 0 or T == 1      # an empty cache; one token, which sees all
+            causal = high == 0 or T == 1     # an empty cache; one token, which sees all
     seen = torch.arange(slots, device=tokens.device) <= positions[:, None, :, None]
-    return positions, None if plain else seen, [
-        (state.key[:, i, :, :slots], state.value[:, i, :, :slots], place)
-        for i in range(state.key.shape[1])]
+    caches = [(state.key[:, i, :, :slots], state.value[:, i, :, :slots], place)
+              for i in range(state.key.shape[1])]
+    return positions, None if causal else seen, caches
 
 
 def store(cache: Tensor, place: tuple, new: Tensor) -> Tensor:
@@ -209,9 +205,10 @@ def store(cache: Tensor, place: tuple, new: Tensor) -> Tensor:
     Earlier entries are constants: gradients flow only into `new`.
     """
     cache[place] = new.detach().to(cache.dtype)
-    whole = cache.to(new.dtype, copy=torch.is_grad_enabled())           # differs under autocast
-    if torch.is_grad_enabled():
-        whole[place] = new
+    if not torch.is_grad_enabled():
+        return cache.to(new.dtype)           # no copy, unless autocast gave `new` another dtype
+    whole = cache.to(new.dtype, copy=True)   # kept by autograd, while the cache is overwritten
+    whole[place] = new
     return whole
 # --- end of cache ---
 
@@ -232,12 +229,13 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(C, V, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight
-        if not self.wte.weight.is_meta:      # on the meta device, drawing would only take time
+        if not self.wte.weight.is_meta:      # on meta, drawing takes seconds
             self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Norms 1, biases 0, the rest normal; residual projections scaled by 1/√(2 L) (§2.3)."""
+        """As the GPT-2 paper (§2.3) and its code: normal with std 0.02, positions 0.01, residual
+        projections scaled by 1/√(2 L); norms 1, biases 0."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
@@ -260,7 +258,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, V): the head."""
+        """(B, T, C) -> (B, T, V): the head, for a loss that is computed piece by piece."""
         return self.lm_head(hidden)
 
     def forward(self, tokens: Tensor, state: State | None = None, last: bool = False) -> Tensor:
@@ -276,11 +274,9 @@ class GPT(nn.Module):
                      like.new_zeros(shape))
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay.
-
-        It ignores `lr_scale` (of the learning rate) and `hidden_matrix` (2-D, inside a block: for
-        optimisers like Muon), which are for train.py.
-        """
+        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay. AdamW ignores
+        two keys, which train.py reads: `lr_scale`, a factor of the learning rate, and
+        `hidden_matrix`, true for the 2-D matrices inside the blocks (for optimisers like Muon)."""
         blocks, tables, vectors = [], [], []
         for name, p in self.named_parameters():
             (vectors if p.dim() < 2 else blocks if name.startswith("h.") else tables).append(p)
@@ -301,8 +297,8 @@ class GPT(nn.Module):
         state: continue this cached sequence (one prompt only) and leave it advanced; the last token
         drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
-        c, context = self.config, self.config.context or math.inf
-        stop = c.eos_token_id if stop is None else stop
+        context, V = self.config.context or math.inf, self.config.vocab_size
+        stop = self.config.eos_token_id if stop is None else stop
         stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
         for tokens in (*prompts, stop):
             if not isinstance(tokens, (list, tuple, set)) or not {*map(type, tokens)} <= {int}:
@@ -311,16 +307,16 @@ class GPT(nn.Module):
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
         low, high = min(map(min, prompts)), max(map(max, prompts))
-        if low < 0 or high >= c.vocab_size:
-            raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
-                             f"{c.vocab_size - 1}: is this the model's own tokenizer?")
+        if low < 0 or high >= V:
+            raise ValueError(f"prompt tokens {low} to {high}, but the vocabulary has 0 to {V - 1}")
         if not (max_new_tokens >= 0 and temperature >= 0 and (top_k is None or top_k >= 1)
                 and (top_p is None or 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        longest = past + max(map(len, prompts))
-        needed = max(longest, min(longest + max_new_tokens, context) - 1)   # the last is not fed
+        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
+        # what will be fed: not the last new token. A limit below 0: the prompt is too long
+        needed = past + max(len(p) + max(n - 1, 0) for p, n in zip(prompts, limits))
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
@@ -329,9 +325,8 @@ class GPT(nn.Module):
         if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        generator = torch.Generator()
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        seed = torch.Generator().seed() if seed is None else seed
+        generator = torch.Generator().manual_seed(seed)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         new, active = [[] for _ in prompts], {row for row in order if limits[row]}
         modes = {module: module.training for module in self.modules()}
@@ -348,7 +343,7 @@ class GPT(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that ended are fed too, into slots that exist
+                if active:                   # ended rows are fed too, but inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
@@ -375,21 +370,20 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str = "cpu",
                         dtype: torch.dtype | None = None, **overrides) -> "GPT":
-        """Read a checkpoint, folder or file, in any layout named on top; one copy in memory.
+        """Read a checkpoint, folder or file, in any layout named on top; memory holds it once.
 
         dtype None keeps the stored one. overrides: config fields that the file states wrongly.
-        A damaged file raises what torch, safetensors or json raise.
         """
         path = Path(path, "ckpt.pt") if Path(path, "ckpt.pt").exists() else Path(path)
         config, tensors = read_nanogpt(path) if path.suffix == ".pt" else read_hugging_face(path)
         config = replace(config, **overrides)
         weights = {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors}
-        if config.tie_word_embeddings:       # one Parameter, two names; a head of its own wins
-            table = weights["wte.weight"]
-            head = weights.get("lm_head.weight", table)
-            tied = head is table or torch.equal(head.to(table.dtype), table)
-            config = replace(config, tie_word_embeddings=tied)
-            weights["lm_head.weight"] = table if tied else head
+        if config.tie_word_embeddings:       # a head that differs from the table wins: then untied
+            head, table = weights.get("lm_head.weight"), weights["wte.weight"]
+            if head is None or torch.equal(head.to(table.dtype), table):
+                weights["lm_head.weight"] = table       # one Parameter under two names
+            else:
+                config = replace(config, tie_word_embeddings=False)
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -399,15 +393,17 @@ class GPT(nn.Module):
         """Write model.safetensors and config.json in the Hugging Face layout, each as a whole."""
         from safetensors.torch import save_file
         weights, stated = Path(directory, "model.safetensors"), Path(directory, "config.json")
-        for older in ("ckpt.pt", "consolidated.00.pth", "model.safetensors.index.json"):
+        for older in ("ckpt.pt", "model.safetensors.index.json"):
             if Path(directory, older).exists():
-                raise ValueError(f"{directory} holds {older}, which would be read: move it away")
+                raise ValueError(f"{directory} holds {older}, another model: move it away")
         weights.parent.mkdir(parents=True, exist_ok=True)
+        dtype = str(self.wte.weight.dtype).removeprefix("torch.")
         config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
-                  "torch_dtype": str(self.wte.weight.dtype).removeprefix("torch."),
-                  **asdict(self.config), "bias": True}                  # see to_published
+                  "torch_dtype": dtype, "dtype": dtype, "n_ctx": self.config.n_positions,
+                  **asdict(self.config), "bias": True}                  # to_published adds zeros
         save_file(to_published(self), f"{weights}.part", {"format": "pt"})
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(f"{stated}.part", f"{weights}.part")            # safetensors leaves 0600
         os.replace(f"{weights}.part", weights)
         os.replace(f"{stated}.part", stated)
 
@@ -425,12 +421,14 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
-        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        # Sorting all of V is slow. The p < (1 - top_p) / V weigh less than 1 - top_p together, so
+        # they lie behind the cut and can go first; half of that, for rounding.
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)
         for row in probs:                                               # (V,), few of them not 0
             likely = row.nonzero()[:, 0]
             falling, order = row[likely].sort(descending=True, stable=True)
-            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
+            before = falling.cumsum(-1) - falling                       # the mass in front of each
+            row[likely[order[before > top_p]]] = 0.0
     return probs
 
 
@@ -438,8 +436,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
            generator: torch.Generator) -> Tensor:
     """(B, V) logits -> (B,) tokens, drawn on the CPU: a seed means the same on every device."""
     if not logits.amax().isfinite():
-        raise ValueError("the logits hold NaN or infinity: damaged weights, or too narrow a dtype "
-                         "(float16 overflows where bfloat16 does not)")
+        raise ValueError("the logits hold NaN or infinity: damaged weights, or float16 too narrow")
     if temperature == 0:
         return logits.argmax(-1)
     probs = probabilities(logits.float().cpu(), temperature, top_k, top_p)
@@ -451,46 +448,37 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 
 # --- read_tensors: the same in gpt.py, llama3.py, glm4.py (tests/test_same.py) ---
 def read_tensors(path: Path):
-    """Yield (name, tensor) from a weights file, or from those of a folder; mapped, not copied."""
+    """Yield (name, tensor) from a weights file, or from those of a folder; mapped, not copied.
+    Without what trainers put around them: dicts, and prefixes of DDP, FSDP, torch.compile, peft."""
     if path.is_dir():
         kinds = ("model.safetensors.index.json", "model.safetensors",
                  "pytorch_model.bin.index.json", "pytorch_model.bin")
         path = next((path / kind for kind in kinds if (path / kind).exists()), path / kinds[1])
-    files = {path: None}                     # file -> the names to read from it; None: all
-    if path.name.endswith(".index.json"):    # the index decides which files belong together
-        whole = path.with_name(path.name.removesuffix(".index.json"))
-        files, places = {}, json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        for name, file in places.items():
-            if Path(file).name != file or "\\" in file:
-                raise ValueError(f"{path} puts {name} into {file}, which is not a file beside it")
-            files.setdefault(path.parent / file, []).append(name)
+    outer = ("model", "state_dict", "model_state_dict", "module")
+    # _orig_mod.transformer.h.0.ln_1.weight and h.0._fsdp_wrapped_module.ln_1.weight are h.0.ln_1...
+    prefixes = r"^((base_model|model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\."
+    files, seen = {path: None}, set()        # file: the names to read from it (None: all)
+    if path.suffix == ".json":               # the index decides which files belong together
+        files, whole = {}, path.with_name(path.name.removesuffix(".index.json"))
+        for name, place in json.loads(path.read_text(encoding="utf-8"))["weight_map"].items():
+            files.setdefault(path.with_name(place), []).append(name)    # no other folder's
         if whole.exists() and whole not in files:
             raise ValueError(f"{whole} and an index of other files: remove the older save")
     for file, names in files.items():
         if file.suffix == ".safetensors":
-            from safetensors import safe_open
-            with safe_open(file, framework="pt") as content:
-                for name in names or content.keys():
-                    yield name, content.get_tensor(name)
+            from safetensors.torch import load_file
+            content = load_file(file)
         else:                                # a pickle; torch before 1.6 wrote it without a zip
             content = torch.load(file, map_location="cpu", weights_only=True,
                                  mmap=zipfile.is_zipfile(file))
-            outer = ("model", "state_dict", "model_state_dict", "module")
-            while inner := next((content[k] for k in outer if isinstance(content.get(k), dict)), 0):
-                content = inner
-            for name in names or content:
-                yield name, content[name]
-
-
-def unwrapped(tensors):
-    """Yield (name, tensor) without prefixes: of AutoModel, DDP, FSDP, torch.compile, peft."""
-    seen = set()
-    for name, tensor in tensors:
-        name = re.sub(r"^((base_model|model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name)
-        if name in seen:
-            raise ValueError(f"{name} is there twice, behind different prefixes: which is meant?")
-        seen.add(name)
-        yield name, tensor
+        while around := next((key for key in outer if isinstance(content.get(key), dict)), None):
+            content = content[around]
+        for name in names or content:
+            plain = re.sub(prefixes, "", name)
+            if plain in seen:
+                raise ValueError(f"{plain} is there twice, behind different prefixes: which is it?")
+            seen.add(plain)
+            yield plain, content[name]
 # --- end of read_tensors ---
 
 
@@ -512,15 +500,16 @@ def read_hugging_face(path: Path):
 def read_nanogpt(path: Path):
     """(config, tensors) of nanoGPT's ckpt.pt; of another .pt, a state dict beside a config.json.
 
-    GELU: tanh before `bias` came (January 2023), exact since June 2023 (PR #274); in between it was
-    tanh, which the file does not tell: override activation_function="gelu_new".
+    nanoGPT had the tanh GELU until June 2023 (PR #274), then the exact one. Without `bias`, it is
+    from before January 2023: tanh. One from between has to be told: activation_function="gelu_new".
     """
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if "model_args" not in content:
         return read_hugging_face(path)
-    tensors = dict(to_ours(content["model"].items(), transposed=False))
+    tensors = dict(to_ours(read_tensors(path), transposed=False))
     stated = {"vocab_size": len(tensors["wte.weight"]), **content["model_args"]}
-    gelu, p = "gelu" if "bias" in stated else "gelu_new", stated.pop("dropout", 0.0)
+    p = stated.pop("dropout", 0.0)
+    gelu = "gelu" if "bias" in stated else "gelu_new"
     config = GPTConfig(n_positions=stated.pop("block_size"), n_inner=4 * stated["n_embd"],
                        activation_function=gelu, embd_pdrop=p, attn_pdrop=p, resid_pdrop=p,
                        **stated)             # a TypeError for arguments that only forks have
@@ -528,9 +517,10 @@ def read_nanogpt(path: Path):
 
 
 def to_ours(tensors, transposed: bool):
-    """Yield (our name, our tensor) for each published one but the buffers of masks."""
-    for name, tensor in unwrapped(tensors):
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):
+    """Yield (our name, our tensor), without mask buffers and a classifier's head; Hugging Face's
+    matrices are (in, out)."""
+    for name, tensor in tensors:
+        if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "score.weight":
             turned = transposed and name.startswith("h.") and tensor.dim() == 2
             yield name, tensor.t().contiguous() if turned else tensor
 

@@ -12,16 +12,17 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
 
     norm(x) = x / √(mean(x²) + ε) * weight              RMSNorm, over the channels
     SiLU(x) = x / (1 + exp(-x))
-    rotate, at position t, turns each pair of channels (a, b) = (j, j + D/2) of a head:
+    rotate, at position t, turns the values a, b of channels j, j + D/2 of a head (Meta's files
+    have such a pair at 2j, 2j + 1):
         (a cos φ - b sin φ, a sin φ + b cos φ)          φ = t ω_j,  ω_j = rope_theta^(-2j/D)
 
 What differs from GPT-2 (gpt.py):
 
-* positions are rotations of q and k (RoPE): q kᵀ depends on distances only. 3.1 slows the low
-  frequencies, which stretches a model trained at 8192 tokens to a context of 131072;
+* positions are rotations of q and k (RoPE), so only distances enter q kᵀ. 3.1 and 3.2
+  slow the low frequencies, for a context of 131072 tokens instead of 8192;
 * RMSNorm subtracts no mean; nothing has a bias; the MLP is gated, by a third matrix;
 * the head is a matrix of its own, except in the small 3.2 models, where it is the token table;
-* H/K heads of q in a row share one head of k and v, for a smaller cache (grouped queries):
+* H/K consecutive heads of q share one head of k and v, for a smaller cache (grouped queries):
 
       q        0 1 2 3   4 5 6 7          H = 8
       k, v     [  0  ]   [  1  ]          K = 2
@@ -37,7 +38,7 @@ Loads Meta's layout (params.json and consolidated.NN.pth, any number of shards) 
     model = Llama3.from_pretrained("path/to/Llama-3.2-1B")  # or Llama3(SIZES["llama3.2-1b"])
     [new] = model.generate([[128000, 9906]], 20, temperature=0.6, top_p=0.9, seed=1)
     model.save_pretrained("copy")                           # transformers opens it
-    tokens = torch.tensor([[128000, 9906, 11, 1917]])       # (B, T); to train on them:
+    tokens = torch.tensor([[128000, 9906, 11, 1917]])       # "Hello, world" after the start token
     F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     torch.optim.AdamW(model.parameter_groups(weight_decay=0.1), **model.OPTIMIZER).step()
 """
@@ -46,6 +47,7 @@ import json
 import math
 import os
 import re
+import shutil
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -69,7 +71,7 @@ class Llama3Config:
     vocab_size: int = 128256
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
-    rope_factor: float = 1.0                 # rope_scaling of 3.1 and 3.2; 1: none
+    rope_factor: float = 1.0                 # rope_scaling.factor of 3.1, 3.2; 1: none
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_max_position_embeddings: int = 8192
@@ -90,19 +92,16 @@ class Llama3Config:
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
             raise ValueError(f"rope_high_freq_factor {self.rope_high_freq_factor} is too low")
 
-    @property
-    def context(self) -> int:
-        """The longest sequence that the model can process, in tokens."""
-        return self.max_position_embeddings
+    context = property(lambda self: self.max_position_embeddings, doc="The longest sequence.")
 
     @classmethod
     def sized(cls, layers: int, width: int, vocab_size: int, context: int) -> "Llama3Config":
         """Llama 3 of this depth and width, in the proportions of 8B: heads of about 64 channels,
-        from 3B on of 128, up to four to each key/value head; small ones tied, as in 3.2."""
+        of 128 from width 3072 on, up to four to each key/value head; small ones tied, as in 3.2."""
         heads = max(1, width // (128 if width >= 3072 else 64))
         shared = min(n for n in range(1, heads + 1) if heads % n == 0 and n >= heads / 4)
         size = max(2, width // heads // 2 * 2)                          # even: RoPE has pairs
-        return cls(context, width, layers, heads, shared, size, -(-7 * width // 64) * 32,
+        return cls(context, width, layers, heads, shared, size, 32 * math.ceil(3.5 * width / 32),
                    vocab_size, tie_word_embeddings=width < 4096)
 
 
@@ -123,12 +122,12 @@ SIZES = {                                # context, hidden_size, layers, H, K, D
 def inverse_frequency(config: Llama3Config) -> Tensor:
     """ω: (D/2,) fp32, on the CPU, the angle in radians by which each pair turns per position.
 
-    With a rope_factor: waves that fit into the original context more than `high` times are kept,
-    those that fit less than `low` times become `factor` times longer, between them it is a blend.
+    With a rope_factor, wavelengths that fit more than `high` times into the original context are
+    kept, those that fit fewer than `low` times multiplied by it; in between, ω is interpolated.
     """
     even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
-    ω = 1.0 / config.rope_theta ** (even / config.head_dim)     # in fp32 as published: an ulp more
-    if config.rope_factor == 1.0:                               # or less shows at position 1500
+    ω = 1.0 / config.rope_theta ** (even / config.head_dim)             # fp32, as published
+    if config.rope_factor == 1.0:
         return ω
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     wavelength = 2 * math.pi / ω                                        # in tokens
@@ -139,12 +138,12 @@ def inverse_frequency(config: Llama3Config) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (j, j + D/2) of each head of x (B, heads, T, D); cos, sin (B, 1, T, D/2)."""
-    a, b = x.float().chunk(2, dim=-1)        # in fp32, as Meta: bf16 holds no angle of position 257
+    a, b = x.chunk(2, dim=-1)                # cos and sin are fp32, so the products are, as Meta's
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / √(mean(x²) + ε) * weight, rounded before the weight, as Meta's is (torch's is not)."""
+    """x / √(mean(x²) + ε) * weight, rounded before the weight, as Meta's is (torch's: after it)."""
 
     def forward(self, x):
         normed = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
@@ -173,10 +172,10 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values, place = cache
             k, v = store(keys, place, k), store(values, place, v)               # (B, K, slots, D)
-        if T == 1:         # heads that share a key are rows of one query; enable_gqa is 10x slower
-            q = q.reshape(B, self.kv_heads, -1, q.shape[-1])                    # (B, K, H/K, D)
+        if T == 1:           # heads that share k and v become H/K queries of one head, without GQA
+            q = q.reshape(B, self.kv_heads, -1, q.shape[-1])  # 10 x faster: (B, K, H/K, D)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,  # T = 1 would see only key 0
             enable_gqa=q.shape[1] != k.shape[1]).reshape(B, self.heads, T, -1)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
         # --- end of attend ---
@@ -216,10 +215,7 @@ class State(NamedTuple):
     key: Tensor                              # (B, L, K, M, D), rotated, in the parameters' dtype
     value: Tensor                            # (B, L, K, M, D)
 
-    @property
-    def capacity(self) -> int:
-        """M, the number of tokens that fit."""
-        return self.key.shape[3]
+    capacity = property(lambda self: self.key.shape[3], doc="M, the number of tokens that fit.")
 
 
 # --- cache: the same in gpt.py, llama3.py, glm4.py (tests/test_same.py) ---
@@ -227,7 +223,7 @@ def look_back(tokens: Tensor, state: State | None, context: int):
     """Where new tokens (B, T) stand and what they see: (positions, mask, caches).
 
     positions: (B or 1, T). mask: None where plain causal attention is right, else (B, 1, T, slots),
-    True for what is seen. T = 2 new tokens of two rows that have seen 3 and 1 see the slots x:
+    True for what is seen. Two rows that have seen 3 and 1 tokens get T = 2 more (x: True):
 
         row 0   x x x x .        row 1   x x . . .
                 x x x x x                x x x . .
@@ -244,21 +240,21 @@ def look_back(tokens: Tensor, state: State | None, context: int):
         raise ValueError(f"{B} rows of tokens, but a state of {len(state.position)}")
     positions = state.position[:, None] + steps                         # (B, T)
     rows, heads = (torch.arange(n, device=tokens.device) for n in (B, state.key.shape[2]))
-    place = rows[:, None, None], heads[:, None], positions[:, None]     # together (B, heads, T)
-    slots, plain = state.capacity, False     # under torch.compile, whose shapes are static
+    place = rows[:, None, None], heads[:, None], positions[:, None]     # broadcast: (B, heads, T)
+    slots, causal = state.capacity, False    # torch.compile: fixed shapes, no check
     if not torch.compiler.is_compiling():
-        low, high = torch.stack(state.position.aminmax()).tolist()      # one GPU synchronisation
+        low, high = torch.stack(state.position.aminmax()).tolist()      # waits for the GPU, once
         slots = high + T
         if slots > state.capacity:
             raise ValueError(f"{slots} tokens do not fit: the context of the model is {context}, "
                              f"the capacity of the state {state.capacity}")
         if low == high:                      # the same slots in all rows: faster by a slice
             place = ..., slice(high, slots), slice(None)
-            plain = high == 0 or T == 1      # an empty cache; one token, which sees all
+            causal = high == 0 or T == 1     # an empty cache; one token, which sees all
     seen = torch.arange(slots, device=tokens.device) <= positions[:, None, :, None]
-    return positions, None if plain else seen, [
-        (state.key[:, i, :, :slots], state.value[:, i, :, :slots], place)
-        for i in range(state.key.shape[1])]
+    caches = [(state.key[:, i, :, :slots], state.value[:, i, :, :slots], place)
+              for i in range(state.key.shape[1])]
+    return positions, None if causal else seen, caches
 
 
 def store(cache: Tensor, place: tuple, new: Tensor) -> Tensor:
@@ -267,9 +263,10 @@ def store(cache: Tensor, place: tuple, new: Tensor) -> Tensor:
     Earlier entries are constants: gradients flow only into `new`.
     """
     cache[place] = new.detach().to(cache.dtype)
-    whole = cache.to(new.dtype, copy=torch.is_grad_enabled())           # differs under autocast
-    if torch.is_grad_enabled():
-        whole[place] = new
+    if not torch.is_grad_enabled():
+        return cache.to(new.dtype)           # no copy, unless autocast gave `new` another dtype
+    whole = cache.to(new.dtype, copy=True)   # kept by autograd, while the cache is overwritten
+    whole[place] = new
     return whole
 # --- end of cache ---
 
@@ -289,8 +286,8 @@ class Llama3(nn.Module):
         self.lm_head = nn.Linear(C, V, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.inverse_frequency = inverse_frequency(config)   # no buffer: never cast, never on meta
-        if not self.lm_head.weight.is_meta:  # on the meta device, drawing would only take time
+        self.inverse_frequency = inverse_frequency(config)   # no buffer: .to(bfloat16) would round
+        if not self.lm_head.weight.is_meta:  # on meta, drawing takes seconds
             self.initialise()
 
     @torch.no_grad()
@@ -309,9 +306,8 @@ class Llama3(nn.Module):
         """(B, T) tokens -> (B, T, C) after the final norm. With a state, the tokens continue the
         cached sequence, and it advances by T. ValueError if they do not fit."""
         positions, mask, caches = look_back(tokens, state, self.config.max_position_embeddings)
-        if self.inverse_frequency.device != tokens.device:
-            self.inverse_frequency = inverse_frequency(self.config).to(tokens.device)
-        angles = positions[:, None, :, None] * self.inverse_frequency   # (B or 1, 1, T, D/2), fp32
+        ω = self.inverse_frequency = self.inverse_frequency.to(tokens.device)
+        angles = positions[:, None, :, None] * ω    # (B or 1, 1, T, D/2); fp32: bf16 lacks 257
         rotation = angles.cos(), angles.sin()
         x = self.model.embed_tokens(tokens)                             # (B, T, C)
         for block, cache in zip(self.model.layers, caches):
@@ -321,7 +317,7 @@ class Llama3(nn.Module):
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, V): the head."""
+        """(B, T, C) -> (B, T, V): the head, for a loss that is computed piece by piece."""
         return self.lm_head(hidden)
 
     def forward(self, tokens: Tensor, state: State | None = None, last: bool = False) -> Tensor:
@@ -338,11 +334,9 @@ class Llama3(nn.Module):
                      like.new_zeros(shape))
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay.
-
-        It ignores `lr_scale` (of the learning rate) and `hidden_matrix` (2-D, inside a block: for
-        optimisers like Muon), which are for train.py.
-        """
+        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay. AdamW ignores
+        two keys, which train.py reads: `lr_scale`, a factor of the learning rate, and
+        `hidden_matrix`, true for the 2-D matrices inside the blocks (for optimisers like Muon)."""
         blocks, tables, norms = [], [], []
         for name, p in self.named_parameters():
             (norms if p.dim() < 2 else blocks if "layers." in name else tables).append(p)
@@ -363,8 +357,8 @@ class Llama3(nn.Module):
         state: continue this cached sequence (one prompt only) and leave it advanced; the last token
         drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
-        c, context = self.config, self.config.context or math.inf
-        stop = c.eos_token_id if stop is None else stop
+        context, V = self.config.context or math.inf, self.config.vocab_size
+        stop = self.config.eos_token_id if stop is None else stop
         stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
         for tokens in (*prompts, stop):
             if not isinstance(tokens, (list, tuple, set)) or not {*map(type, tokens)} <= {int}:
@@ -373,16 +367,16 @@ class Llama3(nn.Module):
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
         low, high = min(map(min, prompts)), max(map(max, prompts))
-        if low < 0 or high >= c.vocab_size:
-            raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
-                             f"{c.vocab_size - 1}: is this the model's own tokenizer?")
+        if low < 0 or high >= V:
+            raise ValueError(f"prompt tokens {low} to {high}, but the vocabulary has 0 to {V - 1}")
         if not (max_new_tokens >= 0 and temperature >= 0 and (top_k is None or top_k >= 1)
                 and (top_p is None or 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        longest = past + max(map(len, prompts))
-        needed = max(longest, min(longest + max_new_tokens, context) - 1)   # the last is not fed
+        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
+        # what will be fed: not the last new token. A limit below 0: the prompt is too long
+        needed = past + max(len(p) + max(n - 1, 0) for p, n in zip(prompts, limits))
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
@@ -391,9 +385,8 @@ class Llama3(nn.Module):
         if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        generator = torch.Generator()
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        seed = torch.Generator().seed() if seed is None else seed
+        generator = torch.Generator().manual_seed(seed)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         new, active = [[] for _ in prompts], {row for row in order if limits[row]}
         modes = {module: module.training for module in self.modules()}
@@ -410,7 +403,7 @@ class Llama3(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that ended are fed too, into slots that exist
+                if active:                   # ended rows are fed too, but inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
@@ -437,7 +430,7 @@ class Llama3(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str = "cpu",
                         dtype: torch.dtype | None = None, **overrides) -> "Llama3":
-        """Read a checkpoint, folder or file, in any layout named on top; one copy in memory.
+        """Read a checkpoint, folder or file, in any layout named on top; memory holds it once.
 
         dtype None keeps the stored one. overrides: config fields that the file states wrongly or,
         as Meta's max_position_embeddings and rope_factor, not at all.
@@ -450,12 +443,12 @@ class Llama3(nn.Module):
         config = replace(config, **overrides)
         tensors = join_shards(shards, config, device, dtype) if shards else to_ours(path)
         weights = {name: nn.Parameter(tensor.to(device, dtype)) for name, tensor in tensors}
-        if config.tie_word_embeddings:
-            table = weights["model.embed_tokens.weight"]
-            head = weights.get("lm_head.weight", table)
-            tied = head is table or torch.equal(head.to(table.dtype), table)
-            config = replace(config, tie_word_embeddings=tied)
-            weights["lm_head.weight"] = table if tied else head
+        if config.tie_word_embeddings:       # a head that differs from the table wins: then untied
+            head, table = weights.get("lm_head.weight"), weights["model.embed_tokens.weight"]
+            if head is None or torch.equal(head.to(table.dtype), table):
+                weights["lm_head.weight"] = table       # one Parameter under two names
+            else:
+                config = replace(config, tie_word_embeddings=False)
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(config)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -465,20 +458,21 @@ class Llama3(nn.Module):
         """Write model.safetensors and config.json in the Hugging Face layout, each as a whole."""
         from safetensors.torch import save_file
         weights, stated = Path(directory, "model.safetensors"), Path(directory, "config.json")
-        for older in ("ckpt.pt", "consolidated.00.pth", "model.safetensors.index.json"):
+        for older in ("consolidated.00.pth", "model.safetensors.index.json"):
             if Path(directory, older).exists():
-                raise ValueError(f"{directory} holds {older}, which would be read: move it away")
+                raise ValueError(f"{directory} holds {older}, another model: move it away")
         weights.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         if self.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
+        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
         config = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu",
-                      torch_dtype=str(self.lm_head.weight.dtype).removeprefix("torch."),
-                      **asdict(self.config))
+                      torch_dtype=dtype, dtype=dtype, **asdict(self.config))
         scaling = {"rope_type": "llama3", **{name: config.pop(f"rope_{name}") for name in SCALING}}
         config["rope_scaling"] = scaling if self.config.rope_factor != 1 else None
         save_file(tensors, f"{weights}.part", {"format": "pt"})
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(f"{stated}.part", f"{weights}.part")            # safetensors leaves 0600
         os.replace(f"{weights}.part", weights)
         os.replace(f"{stated}.part", stated)
 
@@ -496,12 +490,14 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
-        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        # Sorting all of V is slow. The p < (1 - top_p) / V weigh less than 1 - top_p together, so
+        # they lie behind the cut and can go first; half of that, for rounding.
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)
         for row in probs:                                               # (V,), few of them not 0
             likely = row.nonzero()[:, 0]
             falling, order = row[likely].sort(descending=True, stable=True)
-            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
+            before = falling.cumsum(-1) - falling                       # the mass in front of each
+            row[likely[order[before > top_p]]] = 0.0
     return probs
 
 
@@ -509,8 +505,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
            generator: torch.Generator) -> Tensor:
     """(B, V) logits -> (B,) tokens, drawn on the CPU: a seed means the same on every device."""
     if not logits.amax().isfinite():
-        raise ValueError("the logits hold NaN or infinity: damaged weights, or too narrow a dtype "
-                         "(float16 overflows where bfloat16 does not)")
+        raise ValueError("the logits hold NaN or infinity: damaged weights, or float16 too narrow")
     if temperature == 0:
         return logits.argmax(-1)
     probs = probabilities(logits.float().cpu(), temperature, top_k, top_p)
@@ -522,46 +517,37 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 
 # --- read_tensors: the same in gpt.py, llama3.py, glm4.py (tests/test_same.py) ---
 def read_tensors(path: Path):
-    """Yield (name, tensor) from a weights file, or from those of a folder; mapped, not copied."""
+    """Yield (name, tensor) from a weights file, or from those of a folder; mapped, not copied.
+    Without what trainers put around them: dicts, and prefixes of DDP, FSDP, torch.compile, peft."""
     if path.is_dir():
         kinds = ("model.safetensors.index.json", "model.safetensors",
                  "pytorch_model.bin.index.json", "pytorch_model.bin")
         path = next((path / kind for kind in kinds if (path / kind).exists()), path / kinds[1])
-    files = {path: None}                     # file -> the names to read from it; None: all
-    if path.name.endswith(".index.json"):    # the index decides which files belong together
-        whole = path.with_name(path.name.removesuffix(".index.json"))
-        files, places = {}, json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        for name, file in places.items():
-            if Path(file).name != file or "\\" in file:
-                raise ValueError(f"{path} puts {name} into {file}, which is not a file beside it")
-            files.setdefault(path.parent / file, []).append(name)
+    outer = ("model", "state_dict", "model_state_dict", "module")
+    # _orig_mod.transformer.h.0.ln_1.weight and h.0._fsdp_wrapped_module.ln_1.weight are h.0.ln_1...
+    prefixes = r"^((base_model|model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\."
+    files, seen = {path: None}, set()        # file: the names to read from it (None: all)
+    if path.suffix == ".json":               # the index decides which files belong together
+        files, whole = {}, path.with_name(path.name.removesuffix(".index.json"))
+        for name, place in json.loads(path.read_text(encoding="utf-8"))["weight_map"].items():
+            files.setdefault(path.with_name(place), []).append(name)    # no other folder's
         if whole.exists() and whole not in files:
             raise ValueError(f"{whole} and an index of other files: remove the older save")
     for file, names in files.items():
         if file.suffix == ".safetensors":
-            from safetensors import safe_open
-            with safe_open(file, framework="pt") as content:
-                for name in names or content.keys():
-                    yield name, content.get_tensor(name)
+            from safetensors.torch import load_file
+            content = load_file(file)
         else:                                # a pickle; torch before 1.6 wrote it without a zip
             content = torch.load(file, map_location="cpu", weights_only=True,
                                  mmap=zipfile.is_zipfile(file))
-            outer = ("model", "state_dict", "model_state_dict", "module")
-            while inner := next((content[k] for k in outer if isinstance(content.get(k), dict)), 0):
-                content = inner
-            for name in names or content:
-                yield name, content[name]
-
-
-def unwrapped(tensors):
-    """Yield (name, tensor) without prefixes: of AutoModel, DDP, FSDP, torch.compile, peft."""
-    seen = set()
-    for name, tensor in tensors:
-        name = re.sub(r"^((base_model|model|transformer|module|_\w+)\.)+|(?<=\.)_\w+\.", "", name)
-        if name in seen:
-            raise ValueError(f"{name} is there twice, behind different prefixes: which is meant?")
-        seen.add(name)
-        yield name, tensor
+        while around := next((key for key in outer if isinstance(content.get(key), dict)), None):
+            content = content[around]
+        for name in names or content:
+            plain = re.sub(prefixes, "", name)
+            if plain in seen:
+                raise ValueError(f"{plain} is there twice, behind different prefixes: which is it?")
+            seen.add(plain)
+            yield plain, content[name]
 # --- end of read_tensors ---
 
 
@@ -588,9 +574,9 @@ def from_hugging_face(stated: dict) -> Llama3Config:
 
 
 def to_ours(path: Path):
-    """Yield (our name, tensor) from Hugging Face's files; old versions also saved RoPE's table."""
-    for name, tensor in unwrapped(read_tensors(path)):
-        if not name.endswith("rotary_emb.inv_freq"):
+    """Yield (our name, tensor) of Hugging Face's, but RoPE's table and a classifier's head."""
+    for name, tensor in read_tensors(path):
+        if not name.endswith("rotary_emb.inv_freq") and name != "score.weight":
             yield name if name.startswith("lm_head.") else f"model.{name}", tensor
 
 
@@ -618,14 +604,15 @@ def meta_shards(path: Path) -> list[Path]:
 
 def from_meta(shards, dim, n_layers, n_heads, n_kv_heads=None, vocab_size=-1, norm_eps=1e-5,
               rope_theta=None, use_scaled_rope=False, multiple_of=None, ffn_dim_multiplier=None):
-    """Our config from the fields of params.json, and from shapes where it does not tell."""
-    rows = {name: len(t) * len(shards) for name, t in unwrapped(read_tensors(shards[0]))}
+    """Our config from params.json; V and intermediate_size from shapes, so that multiple_of and
+    ffn_dim_multiplier, of which Meta computed the latter, are not needed."""
+    rows = {name: len(t) * len(shards) for name, t in read_tensors(shards[0])}
     V, llama2 = rows["output.weight"], vocab_size == -1
     if vocab_size != V and not llama2:
         raise ValueError(f"{V} rows of a vocabulary of {vocab_size}: is one of the shards missing?")
     return Llama3Config(
         131072 if use_scaled_rope else 8192, dim, n_layers, n_heads,
-        n_kv_heads or n_heads,               # 405B in 16 shards says 16: each of its 8 twice
+        n_kv_heads or n_heads,               # 405B in 16 shards says 16: each of 8, stored twice
         dim // n_heads, rows["layers.0.feed_forward.w1.weight"], V, norm_eps,
         rope_theta or (10000.0 if llama2 else 500000.0),                # the official defaults
         (32.0 if dim in (2048, 3072) else 8.0) if use_scaled_rope else 1.0,         # 3.2 or 3.1
@@ -636,9 +623,9 @@ def from_meta(shards, dim, n_layers, n_heads, n_kv_heads=None, vocab_size=-1, no
 def join_shards(shards: list[Path], config: Llama3Config, device: str, dtype: torch.dtype | None):
     """Yield (our name, our tensor) from all of Meta's shards, of which one at a time is mapped."""
     whole, count, D = {}, len(shards), config.head_dim
-    names = {name for name, _ in unwrapped(read_tensors(shards[0]))}
+    names = {name for name, _ in read_tensors(shards[0])}
     for rank, shard in enumerate(shards):
-        pieces = dict(unwrapped(read_tensors(shard)))
+        pieces = dict(read_tensors(shard))
         if pieces.keys() != names:           # else a part of some tensor would never be written
             raise ValueError(f"{shard} and {shards[0].name} differ in {names ^ pieces.keys()}")
         pieces.pop("rope.freqs", None)       # a table that Llama 1 and 2 stored

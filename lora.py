@@ -18,26 +18,41 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import glm4
-from checkpoints import load_checkpoint, locate, read_json, read_pickle, readable, write_text
+from checkpoints import load_checkpoint, read_json, read_pickle, readable, write_text
+from hub import is_name, locate
+from published import hub_name
+from tokenizer import replacing
 
 PREFIX = "base_model.model."                 # of peft: its names of tensors begin so
 
 
 class LoRALinear(nn.Module):
-    """W x + scale B A x. W stays as it was; A (rank, in) and B (out, rank) learn, B from 0."""
+    """W x + scale B A x. W stays as it was; A (rank, in) and B (out, rank) learn, B from 0, in fp32
+    at least. bits: "int8" or "int4", in which W is then kept (practice/fast.py)."""
 
-    def __init__(self, linear: nn.Linear, rank: int, scale: float):
+    def __init__(self, linear: nn.Linear, rank: int, scale: float, bits: str | None = None):
         super().__init__()
         self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
-        self.lora_A = nn.Parameter(self.weight.new_empty(rank, linear.in_features))
-        self.lora_B = nn.Parameter(self.weight.new_zeros(linear.out_features, rank))
+        like = dict(device=self.weight.device,
+                    dtype=torch.promote_types(self.weight.dtype, torch.float32))
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))           # as its authors, and peft
+        self.frozen = None
+        if bits:
+            from practice.fast import KINDS
+            self.frozen, self.weight = KINDS[bits](linear, ("plain",) * 3), None
 
     def forward(self, x):
-        return (F.linear(x, self.weight, self.bias)
-                + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B))
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        if self.frozen is not None:          # its weights as numbers again, now and going back
+            y = checkpoint(self.frozen, x, use_reentrant=False)
+        else:
+            y = F.linear(x, self.weight, self.bias)
+        return y + self.scale * F.linear(F.linear(x, A), B)
 
 
 def adapters(model) -> dict[str, LoRALinear]:
@@ -45,10 +60,10 @@ def adapters(model) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def add_lora(model, settings) -> None:
+def add_lora(model, settings, bits: str | None = None) -> None:
     """Give every linear layer that --lora-targets matches an adapter; only adapters learn.
 
-    Not a tied head: its weight is the token table's.
+    Not a tied head: its weight is the token table's. bits: see `LoRALinear`.
     """
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     layers = {name: module for name, module in model.named_modules()
@@ -63,7 +78,7 @@ def add_lora(model, settings) -> None:
     model.requires_grad_(False)
     for name in matched:
         scale = settings.lora_alpha / settings.lora
-        model.set_submodule(name, LoRALinear(layers[name], settings.lora, scale))
+        model.set_submodule(name, LoRALinear(layers[name], settings.lora, scale, bits))
 
 
 @torch.no_grad()
@@ -96,21 +111,31 @@ def peft_name(model, name: str) -> str:
     return "transformer." * inside + name
 
 
-def save_adapter(model, settings, out: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, as peft does."""
-    from safetensors.torch import save_file
-    file = out / "adapter_model.safetensors"
+def save_adapter(model, settings, out: Path, home: str | None = None) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, as peft does, into `out`; home: the
+    folder that they will be moved to."""
+    from safetensors.torch import save
     names = {name: peft_name(model, name) for name in adapters(model)}
     tensors = {f"{PREFIX}{names[name]}.lora_{half}.weight": getattr(module, f"lora_{half}").detach()
                for name, module in adapters(model).items() for half in "AB"}
-    save_file(tensors, f"{file}.part", {"format": "pt"})
-    os.replace(f"{file}.part", file)
+    with replacing(out / "adapter_model.safetensors") as file:
+        file.write(save(tensors, {"format": "pt"}))
     write_text(out / "adapter_config.json", json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "bias": "none",
-        "base_model_name_or_path": str(Path(settings.init_from).resolve()), "r": settings.lora,
-        "lora_alpha": settings.lora_alpha, "lora_dropout": 0.0,
+        "base_model_name_or_path": name_base(settings.init_from, home or out),
+        "r": settings.lora, "lora_alpha": settings.lora_alpha, "lora_dropout": 0.0,
         "fan_in_fan_out": type(model).__name__ == "GPT",                # transformers' Conv1D
         "target_modules": [*names.values()]}, indent=2) + "\n")
+
+
+def name_base(base: str, out: str | Path) -> str:
+    """How an adapter in the folder `out` names its base: from there, so that both may move; a
+    download of huggingface_hub by its repository."""
+    try:
+        places = os.path.realpath(base), os.path.realpath(out)
+        return hub_name(base) or Path(os.path.relpath(*places)).as_posix()
+    except ValueError:                       # on another drive of Windows
+        return str(Path(base).resolve())
 
 
 # Fields of adapter_config.json that are read here, or do not change what a trained adapter
@@ -141,17 +166,23 @@ def adapter_folder(path: Path) -> Path | None:
 
 
 def find_base(folder: Path, asked: str | None = None) -> Path:
-    """Where the model is that an adapter belongs to: as asked, or as its config says."""
+    """Where the model is that an adapter belongs to: as asked, or as its config says, which may be
+    said from its own folder."""
     stated = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     try:
-        base = locate(str(asked or stated))
+        beside = (folder / str(stated)).resolve()
+        base = beside if not asked and stated and beside.exists() else locate(
+            str(asked or stated), download=bool(asked))
     except (OSError, ValueError):            # a repository that cannot be had
+        if asked:
+            raise
         base = None
     if not (base and base.exists()):
         raise FileNotFoundError(
             f"--base {asked} does not exist" if asked else
             f"{folder} is an adapter of {stated}, which is not there: --base DIR names the place "
-            "where it is now" if stated else
+            "where it is now" + (f", --base {stated} downloads it" if is_name(stated) else "")
+            if stated else
             f"{folder} is an adapter that does not say of what: --base DIR names its base")
     if adapter_folder(base):
         raise ValueError(f"{folder} is an adapter of {base}, which is one itself: merge that, "
@@ -247,6 +278,7 @@ def to_ours(model, name: str, tensor, half: str | None):
     """Yield (our name, our tensor) of transformers' or a remote code's; half: "A" or "B", of the
     layer `name`; None: the whole parameter `name`."""
     if type(model).__name__ == "GLM4":       # query_key_value: q, k and v share A, and divide B
+        name = re.sub(r"^(model|transformer)\.", "", name)              # as read_tensors does
         for ours, part in glm4.to_ours([(name, tensor)], model.config):
             yield ours, tensor if half == "A" else part
     elif type(model).__name__ == "GPT":

@@ -70,6 +70,15 @@ def activation_bytes(loss: nn.Module, context: int) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+def gathered_bytes(loss: nn.Module, run) -> int:
+    """Bytes of the weights that FSDP has whole at a time, and of their gradients: what is outside
+    of the blocks, and two blocks, as the next is gathered while one computes."""
+    blocks = next(module for module in loss.modules() if isinstance(module, nn.ModuleList))
+    inside, block = (sum(p.numel() for p in m.parameters()) for m in (blocks, blocks[0]))
+    outside = sum(p.numel() for p in loss.parameters()) - inside
+    return 2 * run.dtype.itemsize * (outside + 2 * block)
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Memory that this device has left; None where the system does not tell."""
     if device.type == "cuda":
@@ -91,15 +100,20 @@ def plan_memory(settings, run, loss: nn.Module, sequences: int, held: int, learn
     each = int(each * (0.6 if run.dtype != torch.float32 else 1.0))     # half of most, not of all
     if settings.checkpoint_activations:
         each //= 4
-    free, fixed, most = free_bytes(run.device), 4 * held + 12 * learn, -(-sequences // run.world)
+    parts = run.world if run.sharded else 1
+    free, most = free_bytes(run.device), -(-sequences // run.world)
+    fixed = (4 * held + 12 * learn) // parts + gathered_bytes(loss, run) * (parts > 1)
     if settings.micro_batch is None:
         room = (0.7 * free - fixed) / each if free else 8
         most = max(1, min(most, 16384 // settings.context, int(room)))
         settings.micro_batch = 1 << (most.bit_length() - 1)             # a power of two
     need, gb = fixed + each * settings.micro_batch, 1 << 30
+    held, learn = held / parts, learn / parts
     run.say(f"memory     about {need / gb:.2f} GB: parameters {4 * held / gb:.2f}, gradients "
             f"{4 * learn / gb:.2f}, Adam {8 * learn / gb:.2f}, activations "
             f"{each * settings.micro_batch / gb:.2f}"
+            + (f", gathered {gathered_bytes(loss, run) / gb:.2f}, in each of {parts} processes"
+               if parts > 1 else "")
             + (f"; {free / gb:.1f} GB are free" if free else ""))
     if free and need > free:
         run.say(f"warning    that is more than there is: try {smaller(settings)}")

@@ -1,6 +1,7 @@
 """A training process: its device and precision, the other processes, the clock, signals."""
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from plan import peak_bytes
 
 
 @dataclass
@@ -21,6 +24,7 @@ class Run:
     world: int = 1
     started: float = 0.0                     # when the command was given
     out: Path | None = None                  # set on rank 0 once there is a directory
+    sharded: bool = False                    # weights are divided over the processes (cluster.py)
     line: str = ""                           # what a terminal shows until the next line
 
     def say(self, message: str) -> None:
@@ -56,8 +60,18 @@ class Run:
         return total.tolist()
 
     def autocast(self):
-        """Where the computation takes place in lower precision, if it does."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        """Where the computation takes place in lower precision, if it does. (FSDP gathers weights
+        in it already.)"""
+        lower = self.dtype != torch.float32 and not self.sharded
+        return torch.autocast(self.device.type, self.dtype, enabled=lower)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss where float16 could not hold the gradients; else does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def step_seed(self, seed: int, step: int) -> int:
+        """Of what is drawn in a step, by this process: dropout, completions."""
+        return (seed * 1_000_003 + step) * self.world + self.rank
 
 
 def choose_device(asked: str | None) -> torch.device:
@@ -109,13 +123,23 @@ def start_run(settings, started: float) -> Run:
     """Choose device and precision; join the other processes if torchrun started this one."""
     device = choose_device(settings.device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
+    sharded = getattr(settings, "shard", False)
+    if world > 1 or sharded:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store = dist.HashStore() if world == 1 else None
+        if world > 1 and os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            # torchrun keeps its store: after a restart the addresses of lost processes are there
+            store, _, _ = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        ranks = dict(store=store, rank=rank, world_size=world) if store is not None else {}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **ranks)
     dtype, reason = choose_dtype(device, settings.dtype)
-    run = Run(device, dtype, rank, world, started=started)
+    if sharded and dtype == torch.float16:
+        raise ValueError("--shard needs bfloat16 or float32: float16 scales the loss, which FSDP's "
+                         "shards do not support")
+    run = Run(device, dtype, rank, world, started=started, sharded=sharded)
     run.say(f"device     {device}: " + ("asked for" if settings.device else "the best there is")
             + (f"; {torch.get_num_threads()} threads" if device.type == "cpu" else "")
             + (f"; {world} processes" if world > 1 else ""))
@@ -133,6 +157,7 @@ class Pace:
         minutes = getattr(settings, "minutes", None)    # finetune.py has none
         self.seconds = 60 * minutes if minutes else None
         self.takes = {}                                 # seconds of what comes after the last step
+        self.skipped = 0                                # steps in a row that changed nothing
         self.begun = self.saved = time.time()
         self.left, self.save_every = 0.0, 60 * settings.save_minutes
         self.before = self.done = self.part(step)       # parts of the run, 0 to 1
@@ -156,6 +181,23 @@ class Pace:
         else:
             self.left = each * (self.steps - step)
 
+    def report(self, step: int, loss: float, lr: float, norm: float, speed: float,
+               unit: str = "tokens", **drawn) -> None:
+        """Say and log how a step went; count it if it was skipped. drawn: measures of GRPO."""
+        run, finite = self.run, math.isfinite(loss) and math.isfinite(norm)
+        self.skipped = 0 if finite else self.skipped + 1
+        if not finite:
+            run.say(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: skipped")
+        earned = f"  reward {drawn['reward']:.3f}" if drawn else ""
+        run.say_step(f"step {step}/{self.steps}  loss {loss:.4f}{earned}  lr {lr:.2e}  norm "
+                     f"{norm:.2f}  {speed:,.0f} {unit}/s  {clock(self.left)} left", step,
+                     self.steps)
+        run.log(step=step, loss=loss, lr=lr, norm=norm,
+                skipped=self.skipped, seconds=time.time() - run.started,
+                peak_bytes=peak_bytes(run.device),
+                **{f"{unit}_per_s": speed},
+                **{f"drawn_{name}": value for name, value in drawn.items()})
+
     @property
     def closing(self) -> float:
         """How long the end of the run will take, in seconds; what was not done yet is guessed."""
@@ -173,6 +215,13 @@ class Pace:
         """Whether it is time: each `every` steps, or `parts` times in a run, and at its end."""
         due = step % every == 0 if every else int(self.done * parts) > int(self.before * parts)
         return due or self.done >= 1
+
+    def stop_if_no_better(self, step: int, best: dict) -> None:
+        """End the run if no validation has been better than best's for a third of it."""
+        if self.done - best["done"] > 1 / 3:
+            self.run.say(f"stopped    at step {step}: no validation has been better than that of "
+                         f"step {best['step']} for a third of the run")
+            self.done = 1.0
 
     def save_is_due(self) -> bool:
         """Whether rank 0 has not saved for --save-minutes."""

@@ -17,21 +17,21 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
         split into H heads of D channels; in each, from S = 0, a (D, D) matrix of keys by values:
             y_t = r_t (S + diag(u) k_tᵀ v_t)            read; u = time_faaaa
             S <- diag(e^w_t) S + k_tᵀ v_t               remember
-        return (ln_x(y) silu(x_g W_gate)) W_output      ln_x: each head normed by itself
+        return (ln_x(y) * silu(x_g W_gate)) W_output    ln_x: each head normed by itself
     channel_mix(x), with x_k, x_r = x + time_maa_k (x' - x), x + time_maa_r (x' - x):
-        return σ(x_r W_receptance) (relu(x_k W_key)² W_value)
+        return σ(x_r W_receptance) * (relu(x_k W_key)² W_value)
 
-W_... are matrices, ..._w1 and ..._w2 are pairs of low rank (time_maa_w2 has one for each m), the
-rest are vectors, written as rows and multiplied channel by channel. The name is that of four of
-them: receptance (the query), w (the log of the decay), key, value. What is different from GPT-2:
+W_... are matrices, ..._w1 and ..._w2 pairs of low rank (five in time_maa), the rest vectors,
+written as rows and multiplied channel by channel. The name: receptance (the query), w (the log of
+the decay), key, value. What differs from GPT-2:
 
 * no attention: each head sums up its past in a matrix S of keys by values, which the query r reads.
   No positions, no limit to the context, and the millionth token costs what the tenth did;
 * "token shift": what a matrix reads is a mix of this token's vector and the one before;
-* how much is kept of each row of S, e^w, and in time mixing the shares of that mix are computed
-  from the token. This is what RWKV-6 adds to RWKV-5: what it reads decides what it forgets;
+* the decay e^w of each row of S and, in time mixing, the shares of the token shift are computed
+  from the token itself. This is new in RWKV-6: what it reads decides what it forgets;
 * the MLP is a squared ReLU behind a gate; the only biases are those of norms; the embedding is
-  normed at once, and the head is a matrix of its own.
+  normed first, and the head is a matrix of its own.
 
     B batch   T time   C channels (n_embd)   H heads   D head size   L layers   V vocabulary
 
@@ -73,8 +73,8 @@ class RWKV6Config:
     n_layer: int = 24
     head_size: int = 64
     dim_ffn: int = 7168
-    mix_lora: int = 32                       # rank of maa_w1 and maa_w2, which make the shares
-    decay_lora: int = 64                     # rank of decay_w1 and decay_w2
+    mix_lora: int = 32                       # rank of time_maa_w1 and time_maa_w2
+    decay_lora: int = 64                     # rank of time_decay_w1 and time_decay_w2
     group_norm_eps: float = 64e-5            # as the authors: y / 8 is normed with 1e-5
     tuned_state: bool = False                # has att.time_state: a trained S to begin with
     bos_token_id: int | None = None
@@ -116,7 +116,7 @@ def previous(x: Tensor, last: Tensor | None) -> Tensor:
     tokens are constants: gradients flow only into x.
     """
     if last is None:
-        return F.pad(x, (0, 0, 1, -1))
+        return F.pad(x, (0, 0, 1, -1))       # zeros in at the front, the last token out
     shifted = torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
     last.copy_(x[:, -1].detach())
     return shifted
@@ -139,11 +139,11 @@ def wkv6_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
 
 def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
          S0: Tensor) -> tuple[Tensor, Tensor]:
-    """The same as `wkv6_loop` by matrix products, in fp32 (or fp64) like all official kernels: in
-    bf16, what a long memory adds up would be lost."""
+    """The same as `wkv6_loop` by matrix products, in fp32 (or fp64) like all official kernels: bf16
+    would round away what a long memory adds up."""
     dtype = torch.promote_types(r.dtype, torch.float32)
     r, k, v, w, u, S = (x.to(dtype) for x in (r, k, v, w, u, S0))
-    with torch.autocast("cpu" if r.is_meta else r.device.type, enabled=False):  # "meta" has none
+    with torch.autocast("cpu" if r.is_meta else r.device.type, enabled=False):  # meta has none
         if r.shape[2] > 1:
             return wkv6_chunks(r, k, v, w, u, S)
         new = k.mT @ v                                                  # (B, H, D, D)
@@ -151,7 +151,8 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
 
 
 def wkv6_chunks(r, k, v, w, u, S):
-    """`wkv6` for any T. Tokens of one chunk read each other by a matrix A, the rest through S.
+    """`wkv6` for any T: after 6 joins for all at once, T / 64 steps instead of T. Tokens of one
+    chunk read each other by a matrix A, and what was before through S.
 
     A[t, s] is the weight of token s in y_t. It begins as the diagonal, with the bonus; then blocks
     of h tokens are joined in pairs to blocks of 2 h. A digit is the step that fills the place:
@@ -162,7 +163,7 @@ def wkv6_chunks(r, k, v, w, u, S):
         . . . 0         . . 1 0         2 2 1 0         the decay between the two tokens.
 
     All factors are <= 1, so nothing overflows, however strong the decay. (In one product for the
-    whole chunk, r_t e^(w_1 + ... + w_t-1) times k_s e^-(w_1 + ... + w_s), the second does.)
+    whole chunk, r_t e^(w_1 + ... + w_{t-1}) times k_s e^-(w_1 + ... + w_s), the second does.)
     """
     T = r.shape[2]
     size = CHUNK if T >= CHUNK else 1 << (T - 1).bit_length()           # a power of 2
@@ -224,7 +225,8 @@ class TimeMix(nn.Module):
         """S before the first token, (B, H, D, D) fp32: zeros, or the tuned state."""
         if self.time_state is None:
             H, D = self.time_faaaa.shape
-            return self.time_faaaa.new_zeros(batch_size, H, D, D, dtype=torch.float32)
+            return torch.zeros(batch_size, H, D, D, dtype=torch.float32,
+                               device=self.time_faaaa.device)
         return self.time_state.float().mT.expand(batch_size, -1, -1, -1)    # stored value by key
 
     def forward(self, x, last, S):
@@ -237,8 +239,8 @@ class TimeMix(nn.Module):
         k = self.key(x + gap * (self.time_maa_k + m_k))
         v = self.value(x + gap * (self.time_maa_v + m_v))
         g = F.silu(self.gate(x + gap * (self.time_maa_g + m_g)))
-        rate = torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
-        w = -torch.exp(self.time_decay.float() + rate.float())      # to bf16, a decay of 0.999 is 1
+        change = torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
+        w = -torch.exp(self.time_decay.float() + change.float())        # fp32: errors add up over t
         r, k, v, w = (z.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
                       for z in (r, k, v, w))
         S0 = self.first_state(len(x)) if S is None else S.clone()       # S is overwritten below
@@ -304,7 +306,8 @@ class RWKV6(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i == 0) for i in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.initialise()
+        if not self.head.weight.is_meta:     # on meta, drawing takes seconds
+            self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -339,10 +342,8 @@ class RWKV6(nn.Module):
                 nn.init.orthogonal_(matrix.weight, gain)
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        """(B, T) tokens -> (B, T, C) after the final norm.
-
-        With a state, the tokens continue the sequence that it has seen, and it advances by T.
-        """
+        """(B, T) tokens -> (B, T, C) after the final norm. With a state, the tokens continue the
+        sequence that it has seen, and it advances by T."""
         if state is not None and len(state.position) != len(tokens):
             raise ValueError(f"{len(tokens)} rows of tokens, but a state of {len(state.position)}")
         x = self.emb(tokens)                                            # (B, T, C)
@@ -354,7 +355,7 @@ class RWKV6(nn.Module):
         return self.ln_out(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, V): the head."""
+        """(B, T, C) -> (B, T, V): the head, for a loss that is computed piece by piece."""
         return self.head(hidden)
 
     def forward(self, tokens: Tensor, state: State | None = None, last: bool = False) -> Tensor:
@@ -372,7 +373,7 @@ class RWKV6(nn.Module):
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Every parameter once, in groups for torch.optim.AdamW. As the authors have it, matrices
-        (not the LoRAs) and a tuned state decay, and time_decay learns twice as fast.
+        (not those of low rank) and a tuned state decay, and time_decay learns twice as fast.
 
         Two keys are for train.py, AdamW ignores them: `lr_scale`, the authors' factor of the
         learning rate, and `hidden_matrix`, true for the 2-D matrices inside the blocks.
@@ -400,8 +401,8 @@ class RWKV6(nn.Module):
         state: continue this cached sequence (one prompt only) and leave it advanced; the last token
         drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
-        c, context = self.config, self.config.context or math.inf
-        stop = c.eos_token_id if stop is None else stop
+        context, V = self.config.context or math.inf, self.config.vocab_size
+        stop = self.config.eos_token_id if stop is None else stop
         stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
         for tokens in (*prompts, stop):
             if not isinstance(tokens, (list, tuple, set)) or not {*map(type, tokens)} <= {int}:
@@ -410,16 +411,16 @@ class RWKV6(nn.Module):
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
         low, high = min(map(min, prompts)), max(map(max, prompts))
-        if low < 0 or high >= c.vocab_size:
-            raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
-                             f"{c.vocab_size - 1}: is this the model's own tokenizer?")
+        if low < 0 or high >= V:
+            raise ValueError(f"prompt tokens {low} to {high}, but the vocabulary has 0 to {V - 1}")
         if not (max_new_tokens >= 0 and temperature >= 0 and (top_k is None or top_k >= 1)
                 and (top_p is None or 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        longest = past + max(map(len, prompts))
-        needed = max(longest, min(longest + max_new_tokens, context) - 1)   # the last is not fed
+        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
+        # what will be fed: not the last new token. A limit below 0: the prompt is too long
+        needed = past + max(len(p) + max(n - 1, 0) for p, n in zip(prompts, limits))
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
@@ -428,9 +429,8 @@ class RWKV6(nn.Module):
         if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        generator = torch.Generator()
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        seed = torch.Generator().seed() if seed is None else seed
+        generator = torch.Generator().manual_seed(seed)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         new, active = [[] for _ in prompts], {row for row in order if limits[row]}
         modes = {module: module.training for module in self.modules()}
@@ -447,7 +447,7 @@ class RWKV6(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that ended are fed too, into slots that exist
+                if active:                   # ended rows are fed too, but inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
@@ -477,14 +477,13 @@ class RWKV6(nn.Module):
         """Read an official .pth, or the one in a folder; only one copy in memory.
 
         dtype None: that of its matrices. overrides: config fields that the file does not state.
-        A damaged file, or one of another model, raises what torch raises.
         """
         config, tensors = read_pth(Path(path))
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(replace(config, **overrides))
         dtype = dtype or tensors["blocks.0.att.key.weight"].dtype
         weights = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-        for name, p in model.named_parameters():                        # some lack axes of length 1
+        for name, p in model.named_parameters():    # files have (C,) or (C, 1) for (1, 1, C)
             if name in weights and weights[name].squeeze().shape == p.squeeze().shape:
                 weights[name] = weights[name].reshape(p.shape)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -497,8 +496,10 @@ class RWKV6(nn.Module):
         if others:                           # one of several: which, a reader could not tell
             raise ValueError(f"{directory} holds {', '.join(others)}: save into another folder")
         weights.parent.mkdir(parents=True, exist_ok=True)
+        dtype = str(self.emb.weight.dtype).removeprefix("torch.")
         config = {"architectures": ["RWKV6"], "model_type": "rwkv6", "tie_word_embeddings": False,
-                  "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
+                  "torch_dtype": dtype, "dtype": dtype, "hidden_size": self.config.n_embd,
+                  "num_hidden_layers": self.config.n_layer,
                   **asdict(self.config)}
         torch.save(dict(self.state_dict()), f"{weights}.part")
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -519,12 +520,14 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
-        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        # Sorting all of V is slow. The p < (1 - top_p) / V weigh less than 1 - top_p together, so
+        # they lie behind the cut and can go first; half of that, for rounding.
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)
         for row in probs:                                               # (V,), few of them not 0
             likely = row.nonzero()[:, 0]
             falling, order = row[likely].sort(descending=True, stable=True)
-            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
+            before = falling.cumsum(-1) - falling                       # the mass in front of each
+            row[likely[order[before > top_p]]] = 0.0
     return probs
 
 
@@ -532,8 +535,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
            generator: torch.Generator) -> Tensor:
     """(B, V) logits -> (B,) tokens, drawn on the CPU: a seed means the same on every device."""
     if not logits.amax().isfinite():
-        raise ValueError("the logits hold NaN or infinity: damaged weights, or too narrow a dtype "
-                         "(float16 overflows where bfloat16 does not)")
+        raise ValueError("the logits hold NaN or infinity: damaged weights, or float16 too narrow")
     if temperature == 0:
         return logits.argmax(-1)
     probs = probabilities(logits.float().cpu(), temperature, top_k, top_p)
@@ -545,11 +547,9 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 
 def read_pth(path: Path) -> tuple[RWKV6Config, dict[str, Tensor]]:
     """(config, tensors) of a .pth, or of the one in a folder. config.json beside it is optional."""
-    files = sorted(path.glob("*.pth")) if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(f"{path} holds no .pth")
-    if len(files) > 1:
-        raise ValueError(f"{path} holds {', '.join(file.name for file in files)}: pass one of them")
+    files = (sorted(path.glob("*.pth")) or [path / "model.pth"]) if path.is_dir() else [path]
+    if len(files) != 1:
+        raise ValueError(f"{path} holds {[file.name for file in files]}: pass the path of one .pth")
     tensors = torch.load(files[0], map_location="cpu", weights_only=True,
                          mmap=zipfile.is_zipfile(files[0]))             # no zip before torch 1.6
     for around in ("module", "model_state_dict", "state_dict", "model"):
@@ -568,4 +568,4 @@ def read_pth(path: Path) -> tuple[RWKV6Config, dict[str, Tensor]]:
                  tuned_state="blocks.0.att.time_state" in tensors)
     known = {field.name: stated[field.name] for field in fields(RWKV6Config)
              if stated.get(field.name) is not None}
-    return RWKV6Config(**{**known, **sizes}), tensors                   # shapes do not lie
+    return RWKV6Config(**{**known, **sizes}), tensors                   # shapes win

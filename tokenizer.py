@@ -2,7 +2,7 @@
 
     load_tokenizer("out/gpt")      the tokenizer in a folder (of a checkpoint or a run) or a file
     load_tokenizer("bytes")        256 bytes and <|endoftext|>: nothing to train or download
-    train_bpe(texts, 4096)         a new byte-level BPE vocabulary
+    train_bpe(texts, 4095)         a new byte-level BPE vocabulary
 
 Text is data: "<|eot_id|>" in a text becomes the tokens of those characters, never the control
 token. Control tokens come only from `chat_parts`, which writes each model's own chat format:
@@ -20,7 +20,6 @@ of merges in training); Stanford Alpaca (its prompt).
 import ast
 import base64
 import codecs
-import collections
 import contextlib
 import heapq
 import io
@@ -32,12 +31,14 @@ import re
 import sys
 import time
 import unicodedata
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
 import regex                                    # tiktoken depends on it; Python's re knows no \p{L}
 import tiktoken
 
+from chat_templates import written_template
 from templates import Template, choose_format, find_template
 
 END, UNKNOWN = "<|endoftext|>", "\ufffd"
@@ -87,6 +88,7 @@ class Tokenizer:
         ends = ("<|eom_id|>", "<|eot_id|>", "<|user|>", "<|observation|>")
         self.turn_ids = {special_ids[name] for name in ends if name in special_ids}
         self.chat_format, self.chat_reason = chat_format, None
+        self.template_format = None          # the chat format that the template belongs to
 
     @property
     def chat_format(self):
@@ -118,6 +120,18 @@ class Tokenizer:
         glm = [self.special_ids[s] for s in ("[gMASK]", "<sop>", "sop") if s in self.special_ids]
         return tuple(glm) if len(glm) == 2 else () if self.bos_id is None else (self.bos_id,)
 
+    @property
+    def begin_id(self) -> int | None:
+        """bos_token for other programs: without one, the end of a document, as in GPT-2."""
+        return self.bos_id if self.prefix_ids else self.end_id
+
+    @property
+    def pad_id(self) -> int | None:
+        """The padding token for other programs: its own, else the end of a document."""
+        names = (text_of(self.config.get("pad_token")), "<|finetune_right_pad_id|>")
+        found = [self.special_ids[name] for name in names if name in self.special_ids]
+        return next((id for id in found if id < (self.model_size or self.vocab_size)), self.end_id)
+
     def encode(self, text: str) -> list[int]:
         """The ids of text as data: no control token comes out, and none is added."""
         ids = []
@@ -144,7 +158,7 @@ class Tokenizer:
         """[(ids, is_reply), ...] of [{"role", "content"}, ...] in the model's own chat format.
 
         Ends where the assistant begins to speak, or with the id that ends its turn if the last
-        message is its own; so these parts stay the first parts of what the conversation becomes.
+        message is its own.
         ValueError: no chat format, or a message with a role or key that the format does not know.
         """
         if self.chat_format is None:
@@ -189,17 +203,24 @@ class Tokenizer:
     def files(self) -> dict[str, bytes]:
         return self._files
 
-    def saved_files(self, **more) -> dict[str, bytes]:
-        """What `save` writes: the vocabulary as it was read, and tokenizer_config.json."""
-        config = {**self.save_config(), "chat_format": self.chat_format, **more}
+    def saved_files(self, model_max_length: int | None = None) -> dict[str, bytes]:
+        """The vocabulary in the format it was read from, and tokenizer_config.json. A chat template
+        that came with it stays, unless another chat format was chosen since."""
+        config = {**self.save_config(), "chat_format": self.chat_format}
+        if model_max_length is not None:
+            config["model_max_length"] = model_max_length
+        if self.chat_format not in ("template", self.template_format):
+            config.pop("chat_template", None)
+        glm4 = {"persona": GLM4_PERSONA, "call": GLM4_CALL, "tools": GLM4_TOOLS}
+        if "chat_template" not in config and (made := written_template(self, glm4)):
+            config["chat_template"] = made
         text = json.dumps(config, ensure_ascii=False, indent=2)
         return {**self.files(), "tokenizer_config.json": text.encode()}
 
     def save(self, directory, model_max_length: int | None = None):
-        """Writes the vocabulary in the format it was read from, and tokenizer_config.json."""
-        more = {} if model_max_length is None else {"model_max_length": model_max_length}
+        """Writes `saved_files` into a folder."""
         Path(directory).mkdir(parents=True, exist_ok=True)
-        for name, data in self.saved_files(**more).items():
+        for name, data in self.saved_files(model_max_length).items():
             with replacing(Path(directory, name)) as file:
                 file.write(data)
 
@@ -229,7 +250,7 @@ class StreamDecoder:
 
 
 WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
-    map(chr, range(0x2000, 0x200B)))            # Unicode's White_Space; Python's has \x1c to \x1f too
+    map(chr, range(0x2000, 0x200B)))            # Unicode's; Python has \x1c to \x1f, too
 
 
 class AddedTokens:
@@ -292,15 +313,15 @@ class AddedTokens:
 class ByteBPE(Tokenizer):
     """Byte-level BPE, run by tiktoken: GPT-2, Llama 3, GLM-4, GPT-NeoX, our own.
 
-    ranks    token -> id; the lower merges first (ids, if given, turns ranks into other ids)
+    ranks    token -> rank, the lower merges first; ids[rank] is the id (without ids: rank)
     pattern  cuts text into pieces, each of which is merged by itself
     merges   [(left, right), ...], for saving; None: every pair that makes a token is a merge
     added    the "added_tokens" of a tokenizer.json: those not special are found in text
 
     tiktoken looks a whole piece up before it merges, as Llama 3 needs: 588 of its tokens cannot be
     reached by merging. Meta's code also cuts texts of 400,000 characters and runs of 25,000 spaces
-    or non-spaces, which changes ids there. We do not, like transformers: so a text packed in parts
-    has the ids of the whole.
+    or non-spaces, which changes ids there. Like transformers, we do not (only white space of over
+    50,000 characters is cut): so a text packed in parts has the ids of the whole.
     """
 
     RUN = 50_000  # characters: endless white space overflows the stack of tiktoken's regex engine
@@ -354,17 +375,18 @@ class ByteBPE(Tokenizer):
             model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
                        end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
                        ignore_merges=self._merges is None,
-                       vocab={text[token]: id for token, id in self._ranks.items()},
+                       vocab={text[token]: self._ids[rank] if self._ids else rank
+                              for token, rank in self._ranks.items()},
                        merges=[f"{text[a]} {text[b]}" for a, b in merges]))
         return {"tokenizer.json": json.dumps(data, ensure_ascii=False).encode()}
 
     def save_config(self):
         name = {id: name for name, id in self.special_ids.items()}
-        bos = name.get(self.bos_id if self.prefix_ids else self.end_id)  # the latter like GPT-2
         kept = {key: self.config[key] for key in ("eos_token", "bos_token", "chat_template")
                 if key in self.config}
         return {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name.get(self.end_id),
-                "bos_token": bos, "clean_up_tokenization_spaces": False, **kept}
+                "bos_token": name.get(self.begin_id), "clean_up_tokenization_spaces": False, **kept,
+                "pad_token": name.get(self.pad_id)}
 
 
 class Bytes(ByteBPE):
@@ -378,11 +400,96 @@ class Bytes(ByteBPE):
         return list(text.encode())
 
 
+# ---- BPE training --------------------------------------------------------------------------------
+
+
+def train_bpe(texts, vocab_size: int, *, pattern=GPT4_PATTERN, progress=False,
+              notices: list | None = None) -> ByteBPE:
+    """Byte-level BPE from an iterable of texts: vocab_size - 256 merges, then <|endoftext|>, which
+    vocab_size does not count.
+
+    Again and again the most frequent pair of neighbours becomes a token; of equally frequent pairs
+    the one with the smallest tokens. Counts are kept up to date over the distinct words (pieces of
+    the split pattern), so a merge costs only the words in which it occurs. Stops when nothing is
+    left to merge, and says so, in `notices` or on stderr.
+    """
+    if vocab_size < 256:
+        raise ValueError(f"vocab_size {vocab_size}: the 256 bytes alone need 256")
+    show, split, frequency = Progress(progress), regex.compile(pattern).findall, Counter()
+    for n, text in enumerate(texts, 1):
+        frequency.update(split(clean(text)))
+        show(f"counting: {n} texts, {len(frequency)} distinct words")
+    words, weights = [list(word.encode()) for word in frequency], list(frequency.values())
+    counts, places = Counter(), defaultdict(set)            # of pairs; in which words each is
+    for n, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            counts[pair] += weights[n]
+            places[pair].add(n)
+    heap = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(heap)
+    tokens, merges = [bytes([byte]) for byte in range(256)], []
+    while len(tokens) < vocab_size and heap:
+        count, pair = heapq.heappop(heap)
+        if -count != counts[pair]:              # rarer by now: back with its present count
+            if counts[pair] > 0:
+                heapq.heappush(heap, (-counts[pair], pair))
+            continue
+        new, changes = len(tokens), Counter()
+        for n in places.pop(pair):
+            old_word, words[n] = words[n], merge_word(words[n], pair, new)
+            for old in zip(old_word, old_word[1:]):
+                changes[old] -= weights[n]
+            for now in zip(words[n], words[n][1:]):
+                changes[now] += weights[n]
+                if new in now:
+                    places[now].add(n)
+        for changed, change in changes.items():
+            counts[changed] += change
+            if change > 0:
+                heapq.heappush(heap, (-counts[changed], changed))
+        merges.append((tokens[pair[0]], tokens[pair[1]]))
+        tokens.append(b"".join(merges[-1]))
+        show(f"merging: {len(merges)} of {vocab_size - 256}", last=len(tokens) == vocab_size)
+    if len(tokens) < vocab_size:
+        told = (f"nothing is left to merge after {len(merges)} merges: the vocabulary has "
+                f"{len(tokens)} tokens, not {vocab_size}")
+        print(told, file=sys.stderr) if notices is None else notices.append(told)
+    ranks = {token: n for n, token in enumerate(tokens)}
+    return ByteBPE(ranks, pattern, {END: len(tokens)}, len(tokens), merges=merges)
+
+
+def merge_word(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """The word with each `pair`, from the left, replaced by `new`.
+
+    merge_word([97, 97, 98, 97, 97, 97], (97, 97), 256) = [256, 98, 256, 97], as 256 stands for "aa"
+    """
+    merged, at = [], 0
+    while at < len(word):
+        found = word[at] == pair[0] and at + 1 < len(word) and word[at + 1] == pair[1]
+        merged.append(new if found else word[at])
+        at += 2 if found else 1
+    return merged
+
+
+class Progress:
+    """A line on stderr, overwritten twice a second, if wanted or on a terminal."""
+
+    def __init__(self, wanted):
+        self.wanted, self.shown = wanted or sys.stderr.isatty(), time.time()
+
+    def __call__(self, text, last=False):
+        if self.wanted and (last or time.time() > self.shown + 0.5):
+            print(f"\r{text:79}", end="\n" if last else "", file=sys.stderr, flush=True)
+            self.shown = time.time()
+
+
+# ---- other vocabularies --------------------------------------------------------------------------
+
 class World(Tokenizer):
     """RWKV World: the longest token that fits, from the left. Id 0, not in the file, ends text."""
 
     def __init__(self, data: bytes, name: str):
-        self._find, lengths = {}, collections.defaultdict(set)  # first four bytes -> lengths to try
+        self._find, lengths = {}, defaultdict(set)              # first four bytes -> lengths to try
         for n, line in enumerate(data.rstrip().split(b"\n"), 1):
             try:
                 id, literal, length = re.fullmatch(r"(\d+) (.*) (\d+)\r?", line.decode()).groups()
@@ -498,7 +605,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A new binary file that takes the place of `path` as a whole, when it was written without error.
+    """A new binary file that takes the place of `path` as a whole, if all goes well.
 
         with replacing("settings.json") as file:
             file.write(b"{}")
@@ -516,11 +623,11 @@ def replacing(path):
 
 
 def read_json(path) -> dict:
-    """The object in a JSON file, {} if there is no such file; ValueError if it holds anything else."""
+    """The object in a JSON file, {} if there is no file; ValueError if it holds anything else."""
     try:
         data = json.loads(Path(path).read_bytes()) if Path(path).is_file() else {}
         return data | {}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} holds no JSON object: {error}") from None
 
 
@@ -548,10 +655,11 @@ def load_tokenizer(path_or_name, kind: str | None = None) -> Tokenizer:
     if path.suffix in (".pth", ".pt", ".safetensors", ".bin"):  # weights: look beside them
         path = path.parent
     file = find_vocabulary(path, kind) if path.is_dir() else path
-    config, model = {}, {}
-    for folder in {file.parent: 0, (path if path.is_dir() else file.parent): 0}:
-        config |= read_json(folder / "tokenizer_config.json")
-        model |= read_json(folder / "config.json") | read_json(folder / "params.json")
+    folder, config, model = path if path.is_dir() else path.parent, {}, {}
+    for place in dict.fromkeys((file.parent, folder)):
+        config |= read_json(place / "tokenizer_config.json")
+        config |= read_json(place / "chat_template.json")               # its only key
+        model |= read_json(place / "config.json") | read_json(place / "params.json")
     try:
         tokenizer = read_vocabulary(file, kind, config, model)
         template = find_template(folder, config)
@@ -561,6 +669,7 @@ def load_tokenizer(path_or_name, kind: str | None = None) -> Tokenizer:
     tokenizer.config = config
     tokenizer.turn_ids |= {tokenizer.special_ids.get(text_of(config.get("eos_token")))} - {None}
     set_chat_format(tokenizer, template, kind)
+    tokenizer.template_format = tokenizer.chat_format
     return tokenizer
 
 
@@ -568,7 +677,9 @@ def set_chat_format(tokenizer: Tokenizer, template: str | None, kind: str | None
     """What was asked for; or what tokenizer_config.json states; or what the chat template shows."""
     config, name = tokenizer.config, {id: name for name, id in tokenizer.special_ids.items()}
     if template is not None:
-        variables = {"bos_token": name.get(tokenizer.bos_id), "eos_token": name.get(tokenizer.end_id)}
+        variables = {"bos_token": name.get(tokenizer.bos_id),
+                     "eos_token": name.get(tokenizer.end_id),
+                     "pad_token": name.get(tokenizer.pad_id)}
         variables |= {key: text_of(config[key]) for key in config if key.endswith("_token")}
         tokenizer.template = Template(template, variables)
         if not isinstance(config.get("chat_template"), list):           # of several named ones
@@ -730,25 +841,23 @@ def download_gpt2() -> ByteBPE:
     return ByteBPE(ranks, GPT2_PATTERN, {END: bpe.eot_token}, bpe.eot_token)
 
 
-KEEPS_PIECES = (("Isolated", False), ("Removed", True))  # two ways to say the same of a Split
-
-
 def read_tokenizer_json(file, config, model) -> ByteBPE:
     """The format of Hugging Face's `tokenizers`, where it holds a byte-level BPE."""
     source = read_json(file)
     bpe, before = source.get("model") or {}, source.get("pre_tokenizer") or {}
     if bpe.get("byte_fallback") and "Ġ" not in bpe["vocab"]:
         if not (proper := file.with_name("tokenizer.model")).exists():
-            raise ValueError(f"{file} is a SentencePiece vocabulary (of Llama 2, Mistral or another "
-                             "of their kind): put its tokenizer.model beside it, which is read")
+            raise ValueError(f"{file} is a SentencePiece vocabulary (of Llama 2, Mistral or their "
+                             "like): put its tokenizer.model beside it, which is read")
         return read_sentencepiece(proper, None, config, model)
     normalizer = source.get("normalizer") or {"type": "Sequence", "normalizers": []}
     normalizers = normalizer.get("normalizers", [normalizer])
     *split, level = before.get("pretokenizers") or [before]
     pattern = split[0].get("pattern", {}).get("Regex") if split else GPT2_PATTERN
+    keeps = (("Isolated", False), ("Removed", True))        # two ways to say the same of a Split
     if (level.get("type") != "ByteLevel" or level.get("add_prefix_space") or pattern is None
             or len(split) > 1 or bool(split) == level.get("use_regex", True)
-            or split and (split[0].get("behavior"), split[0].get("invert")) not in KEEPS_PIECES
+            or split and (split[0].get("behavior"), split[0].get("invert")) not in keeps
             or any(part.get("type") != "NFC" for part in normalizers)):
         raise ValueError(f"{file}: no byte-level BPE with one split pattern and at most NFC")
     added = {t["content"]: t for t in source.get("added_tokens") or ()}
@@ -767,88 +876,6 @@ def read_tokenizer_json(file, config, model) -> ByteBPE:
     return ByteBPE(pattern=pattern, special_ids=special, end_id=end, chat_format=chat,
                    bos_id=None if bos == end else bos, added=added.values(), nfc=bool(normalizers),
                    files={"tokenizer.json": file.read_bytes()}, **parts)
-
-
-# ---- BPE training --------------------------------------------------------------------------------
-
-
-def train_bpe(texts, vocab_size: int, *, pattern=GPT4_PATTERN, progress=False,
-              notices: list | None = None) -> ByteBPE:
-    """Byte-level BPE from an iterable of texts: vocab_size - 256 merges and then <|endoftext|>.
-
-    Again and again the most frequent pair of neighbours becomes a token; of equally frequent pairs
-    the one with the smallest tokens. Counts are kept up to date over the distinct words (pieces of
-    the split pattern), so a merge costs only the words in which it occurs. Stops when nothing is
-    left to merge, and says so, in `notices` or on stderr.
-    """
-    if vocab_size < 256:
-        raise ValueError(f"vocab_size {vocab_size}: the 256 bytes alone need 256")
-    show, split, frequency = Progress(progress), regex.compile(pattern).findall, collections.Counter()
-    for n, text in enumerate(texts, 1):
-        frequency.update(split(clean(text)))
-        show(f"counting: {n} texts, {len(frequency)} distinct words")
-    words, weights = [list(word.encode()) for word in frequency], list(frequency.values())
-    counts, places = collections.Counter(), collections.defaultdict(set)    # of pairs: in which words
-    for n, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            counts[pair] += weights[n]
-            places[pair].add(n)
-    heap = [(-count, pair) for pair, count in counts.items()]
-    heapq.heapify(heap)
-    tokens, merges = [bytes([byte]) for byte in range(256)], []
-    while len(tokens) < vocab_size and heap:
-        count, pair = heapq.heappop(heap)
-        if -count != counts[pair]:              # rarer by now: back with its present count
-            if counts[pair] > 0:
-                heapq.heappush(heap, (-counts[pair], pair))
-            continue
-        new, changes = len(tokens), collections.Counter()
-        for n in places.pop(pair):
-            old_word, words[n] = words[n], merge_word(words[n], pair, new)
-            for old in zip(old_word, old_word[1:]):
-                changes[old] -= weights[n]
-            for now in zip(words[n], words[n][1:]):
-                changes[now] += weights[n]
-                if new in now:
-                    places[now].add(n)
-        for changed, change in changes.items():
-            counts[changed] += change
-            if change > 0:
-                heapq.heappush(heap, (-counts[changed], changed))
-        merges.append((tokens[pair[0]], tokens[pair[1]]))
-        tokens.append(b"".join(merges[-1]))
-        show(f"merging: {len(merges)} of {vocab_size - 256}", last=len(tokens) == vocab_size)
-    if len(tokens) < vocab_size:
-        told = (f"nothing is left to merge after {len(merges)} merges: the vocabulary has "
-                f"{len(tokens)} tokens, not {vocab_size}")
-        print(told, file=sys.stderr) if notices is None else notices.append(told)
-    ranks = {token: n for n, token in enumerate(tokens)}
-    return ByteBPE(ranks, pattern, {END: len(tokens)}, len(tokens), merges=merges)
-
-
-def merge_word(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """The word with each `pair`, from the left, replaced by `new`.
-
-    merge_word([97, 97, 98, 97, 97, 97], (97, 97), 256) = [256, 98, 256, 97], as 256 stands for "aa"
-    """
-    merged, at = [], 0
-    while at < len(word):
-        found = word[at] == pair[0] and at + 1 < len(word) and word[at + 1] == pair[1]
-        merged.append(new if found else word[at])
-        at += 2 if found else 1
-    return merged
-
-
-class Progress:
-    """A line on stderr, overwritten twice a second, if wanted or on a terminal."""
-
-    def __init__(self, wanted):
-        self.wanted, self.shown = wanted or sys.stderr.isatty(), time.time()
-
-    def __call__(self, text, last=False):
-        if self.wanted and (last or time.time() > self.shown + 0.5):
-            print(f"\r{text:79}", end="\n" if last else "", file=sys.stderr, flush=True)
-            self.shown = time.time()
 
 
 # ---- chat formats --------------------------------------------------------------------------------
@@ -969,7 +996,11 @@ def world_chat(tokenizer, messages):
 
 
 def alpaca_chat(tokenizer, messages):
-    """Stanford Alpaca's prompt, for models without a format of their own; turns just follow."""
+    """Stanford Alpaca's prompt, for models without a format of their own; turns just follow. What
+    stands between two replies is one text. A space keeps a reply apart from the colon before it:
+    ":Yes" would be cut as one piece where a conversation is encoded as a whole (by other programs).
+    """
+    said = ""
     for message in messages:
         text, context = message["content"], message.get("input")
         if message["role"] == "user":
@@ -978,10 +1009,12 @@ def alpaca_chat(tokenizer, messages):
                     + ". Write a response that appropriately completes the request.\n\n"
                     + f"### Instruction:\n{text}\n\n"
                     + (f"### Input:\n{context}\n\n" if context else "") + "### Response:")
-        elif message["role"] == "system":
-            text += "\n\n"
-        end = [tokenizer.end_id] if message["role"] == "assistant" else []
-        yield message["role"], [], tokenizer.encode(text) + end
+        if message["role"] == "assistant":
+            body = tokenizer.encode_part(text and f" {text}", begins=False)
+            yield "assistant", tokenizer.encode(said), [*body, tokenizer.end_id]
+            said = ""
+        else:
+            said += text + "\n\n" * (message["role"] == "system")
 
 
 ROLES = ("system", "user", "assistant")

@@ -13,7 +13,7 @@ schedule, `learning_rate`. finetune.py imports what it needs from here.
 The recipe is stated in tokens per step: how many sequences go through the model at once, and how
 often gradients are accumulated, follows from it, on one process or on many (torchrun). Parameters
 are fp32 and computed with under autocast. The order of the data depends on the seed and the step
-alone, dropout also on the number of processes: a resumed run gives the same bits.
+alone, dropout also on the number of processes: with --steps, a resumed run gives the same bits.
 """
 import time
 
@@ -38,13 +38,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import cluster
 import data
 import tokenizer as text
+from card import write_card
 from checkpoints import (MODELS, can_draw, check_vocabulary, config_values, curve, draw_log,
-                         identify, is_out_of_memory, load_checkpoint, load_resume, locate,
+                         identify, is_out_of_memory, load_checkpoint, load_resume,
                          make_run_directory, measured, model_parts, publish, resume_settings,
                          save_resume, saved_tokenizer, write_settings, write_text)
 from flags import complain, flag, parse_settings, show_any_text
+from hub import locate
 from plan import (BYTES, EPOCHS, SHAPES, Shape, checkpoint_blocks, choose, peak_bytes, plan_memory,
                   smaller)
 from process import Interrupt, Pace, Run, clock, seconds_of, start_run
@@ -55,7 +58,7 @@ MINUTES = 2.75                               # of a run for which nothing was sa
 
 @dataclass
 class Common:
-    """Settings of train.py and finetune.py. Each is a flag; None: derived, see `derive`."""
+    """Settings of train.py and finetune.py. Each is a flag; None: it was not given."""
     data: list[str] = flag([], "text files, .jsonl with \"text\", folders or patterns of them, or "
                            "a folder with train.bin and val.bin (without: the source of Python's "
                            "standard library)")
@@ -89,7 +92,10 @@ class Common:
     eval_every: int | None = flag(None, "steps between validations (a tenth)", low=1)
     sample_every: int | None = flag(None, "steps between samples (a third)", low=1)
     save_minutes: float = flag(5.0, "minutes between saves", low=0)
-    init_from: str | None = flag(None, "start from this checkpoint, with its tokenizer")
+    init_from: str | None = flag(None, "start from this checkpoint, with its tokenizer: folder, "
+                                "file, or a name to be downloaded, as openai-community/gpt2")
+    shard: bool = flag(False, "divide weights, gradients and moments over the processes that "
+                       "torchrun started (FSDP)")
     resume: str | None = flag(None, "go on with this run directory, bit-exactly")
     eval_only: bool = flag(False, "validate and stop: nothing is written but the token cache")
     settings: str | None = flag(None, "take settings from this file (a run's settings.json)")
@@ -105,21 +111,22 @@ class Settings(Common):
     vocab: int | None = flag(None, "size of a new vocabulary, specials too (planned)", low=257)
     minutes: float | None = flag(None, "instead of --steps: all the time it takes, from "
                                  f"command to end ({MINUTES}; {EPOCHS} epochs if less)", low=0.05)
-    plan: bool = flag(False, "say what would be trained, and stop")
+    plan: bool = flag(False, "say what was planned, and stop")
     optimizer: str | None = flag(None, "of the matrices inside the blocks (muon; with "
                                  "--init-from adamw)", choices=("muon", "adamw"))
     muon_lr: float = flag(0.02, "peak learning rate of Muon", above=0)
     tokens_per_step: int | None = flag(None, "tokens in a step (planned; with --size or "
                                        "--init-from 16384)", low=2)
     batch_size: int | None = flag(None, "instead of --tokens-per-step: sequences in a step", low=1)
-    eval_tokens: int | None = flag(None, "tokens of a validation on the way (those of all ten "
-                                   "take a thirtieth of the time); the last reads all", low=1)
+    eval_tokens: int | None = flag(None, "tokens of a validation on the way (ten take a "
+                                   "thirtieth of the time; the last reads up to 30 times as many)",
+                                   low=1)
     sample_prompt: str | None = flag(None, "what samples begin with (the beginning of the held-out "
                                      "text)")
     workers: int | None = flag(None, "processes that pack text (as many as pay)", low=1)
 
 
-# These do not change the weights, so that a resumed run may have others.
+# These do not change a training step: a resumed run may have others.
 HARMLESS = {"out", "keep", "resume", "settings", "workers", "eval_every", "eval_tokens",
             "sample_every", "sample_prompt", "save_minutes"}
 
@@ -218,7 +225,7 @@ def pack_corpus(files, val, tokenizer, folder: Path, settings: Settings, run: Ru
 
 
 def read_token_folder(folder: Path, tokenizer) -> Corpus:
-    """A folder with train.bin and val.bin: ours, or nanoGPT's, which has no tokenizer."""
+    """A folder with train.bin and val.bin: ours, or nanoGPT's with --tokenizer or meta.pkl."""
     if tokenizer is None and (folder / "tokenizer_config.json").exists():
         tokenizer = text.load_tokenizer(folder)
     if tokenizer is None:
@@ -304,7 +311,7 @@ def token_losses(model, hidden: torch.Tensor, targets: torch.Tensor, temperature
                  penalty: float = 0.0) -> torch.Tensor:
     """(N, C) hidden vectors and (N,) targets -> (N,) cross entropies, fp32; 0 where -100.
 
-    In pieces, so that no (N, V) logits are kept. penalty, RWKV's L2Wrap: each position's largest
+    In pieces: at most 256 MB of logits are kept. penalty, RWKV's L2Wrap: each position's largest
     logit m is pulled to 0 by the gradient of penalty * m²/2; the loss's value does not change.
     """
     def piece(h, y):
@@ -315,34 +322,37 @@ def token_losses(model, hidden: torch.Tensor, targets: torch.Tensor, temperature
             losses = losses + pull - pull.detach()
         return losses
     rows = max(1, (1 << 26) // model.config.vocab_size)                 # logits of 256 MB in fp32
-    if len(hidden) <= rows or not torch.is_grad_enabled():
-        return torch.cat([piece(h, y) for h, y in zip(hidden.split(rows), targets.split(rows))])
-    return torch.cat([checkpoint(piece, h, y, use_reentrant=False)
+    keep = len(hidden) <= rows or not torch.is_grad_enabled()
+    return torch.cat([piece(h, y) if keep else checkpoint(piece, h, y, use_reentrant=False)
                       for h, y in zip(hidden.split(rows), targets.split(rows))])
 
 
 @torch.no_grad()
 def validate(model, run: Run, ids: np.ndarray, context: int, first: int, limit: int) -> float:
-    """Nats a token over evenly spaced blocks of `ids`, `limit` tokens or so; `first` precedes."""
+    """Nats a token over evenly spaced blocks of `ids`, `limit` tokens or so; `first` precedes.
+
+    model: or its NextTokenLoss, which is what is sharded; then all processes compute in step.
+    """
+    loss = model if isinstance(model, NextTokenLoss) else NextTokenLoss(model)
     context = min(context, len(ids))
     starts = np.arange(0, len(ids), context)
     chosen = np.linspace(0, len(starts) - 1, max(1, min(len(starts), -(-limit // context))))
-    starts = starts[np.unique(chosen.astype(np.int64))][run.rank::run.world]
-    loss, was_training, total, count = NextTokenLoss(model), model.training, 0.0, 0
-    model.eval()
-    for group in np.array_split(starts, max(1, len(starts) * context // 8192)):
-        tokens, targets = np.zeros((2, len(group), context), np.int64)
+    starts = starts[np.unique(chosen.astype(np.int64))]
+    most, starts = -(-len(starts) // run.world), starts[run.rank::run.world]
+    total, count, was_training = 0.0, 0, model.training
+    loss.eval()
+    for group in np.array_split(starts, max(1, most * context // 8192)):
+        tokens, targets = np.zeros((2, max(1, len(group)), context), np.int64)
         targets[:] = -100
         for row, start in enumerate(group):
             block = ids[start:start + context].astype(np.int64)
             tokens[row, 0] = first if start == 0 else ids[start - 1]
             tokens[row, 1:len(block)], targets[row, :len(block)] = block[:-1], block
-        if len(group):
-            batch = {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
-            with run.autocast():
-                nats, known = loss(to_device(batch, run.device))
-            total, count = total + nats.item(), count + known.item()
-    model.train(was_training)
+        batch = {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
+        with run.autocast():
+            nats, known = loss(to_device(batch, run.device))
+        total, count = total + nats.item(), count + known.item()
+    loss.train(was_training)
     total, count = run.sum(total, count)
     return total / count
 
@@ -350,9 +360,11 @@ def validate(model, run: Run, ids: np.ndarray, context: int, first: int, limit: 
 def compressed(corpus: Corpus) -> dict[str, float]:
     """Bits per byte that gzip -9 and xz -9e need for the held-out text (its first 16 MB)."""
     ids = corpus.val[:8 << 20]
-    size = corpus.tokenizer.decode(ids[ids != corpus.tokenizer.end_id].tolist()).encode()[:16 << 20]
-    return {"gzip": 8 * len(gzip.compress(size, 9)) / len(size),
-            "xz": 8 * len(lzma.compress(size, preset=9 | lzma.PRESET_EXTREME)) / len(size)}
+    held = corpus.tokenizer.decode(ids[ids != corpus.tokenizer.end_id].tolist()).encode()[:16 << 20]
+    xz = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME,
+          "dict_size": max(4096, len(held))}                # xz's own, 64 MB, would need 700 MB
+    return {"gzip": 8 * len(gzip.compress(held, 9)) / len(held),
+            "xz": 8 * len(lzma.compress(held, filters=[xz])) / len(held)}
 
 # ---------------------------------------------------------------------------------------- the step
 
@@ -362,8 +374,8 @@ class Muon(torch.optim.AdamW):
 
     The momentum of a matrix, U S Vᵀ, is replaced by U Vᵀ, or nearly, so that all directions move
     alike. Three steps of X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X with Jordan's coefficients bring the
-    singular values near 1: more change little, and are dear on a CPU. Matrices of one shape go
-    together.
+    singular values near 1; more change little, and cost much on a CPU. The momentum is Nesterov's,
+    and √(rows / columns) scales tall matrices. Matrices of one shape go together.
     """
     MOMENTUM, A, B, C = 0.95, 3.4445, -4.7750, 2.0315
 
@@ -433,28 +445,24 @@ def training_step(run: Run, loss, optimizer, scaler, batches: list[dict], lr: fl
     """One step of the optimiser on the mean over all targets of a step; `batches` are this
     process's micro-batches. Returns (mean loss, norm of the gradient, number of targets).
 
-    Sums are accumulated and divided once, by the number of targets on all processes: unequal
-    micro-batches, and any number of processes, give the step of one large batch. Where loss or
-    gradient are not finite, no parameter changes. nominal: about that number, so that fp16 holds
-    the gradients meanwhile.
+    Sums are accumulated, averaged over the processes, and divided once, by the number of targets on
+    all processes: unequal micro-batches, and any number of processes, give the step of one large
+    batch. Where loss or gradient are not finite, no parameter changes. nominal: about that number,
+    so that fp16 holds the gradients meanwhile.
     """
     total, count = 0.0, 0
-    for batch in batches:
-        with run.autocast():
+    for batch, real, last in cluster.in_step(run, batches):
+        with run.autocast(), cluster.reducing(loss, last):
             nats, targets = loss(to_device(batch, run.device))
-        scaler.scale(nats / nominal).backward()
-        total, count = total + nats.detach(), count + targets
+        scaler.scale(nats / nominal * real).backward()
+        total, count = total + nats.detach() * real, count + targets * real
     total, count = run.sum(float(total), float(count))
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for parameter in parameters:
-        if run.world > 1:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
         if parameter.grad is not None:
-            parameter.grad.mul_(nominal / max(count, 1.0))
+            parameter.grad.mul_(run.world * nominal / max(count, 1.0))
     scaler.unscale_(optimizer)
-    norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+    norm = cluster.number(nn.utils.clip_grad_norm_(parameters, clip))
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     mean = total / max(count, 1.0)
@@ -467,7 +475,7 @@ def training_step(run: Run, loss, optimizer, scaler, batches: list[dict], lr: fl
 
 def compile_loss(asked: str, run: Run, loss, batch: dict):
     """The loss, compiled if asked for or worth it; a compiler that fails costs only a line."""
-    if asked == "off" or (asked == "auto" and run.device.type != "cuda"):
+    if asked == "off" or run.sharded or (asked == "auto" and run.device.type != "cuda"):
         return loss
     try:
         fast = torch.compile(loss)
@@ -482,14 +490,6 @@ def compile_loss(asked: str, run: Run, loss, batch: dict):
         fast = loss
     loss.zero_grad(set_to_none=True)
     return fast
-
-
-def count_skipped(run: Run, skipped: int, step: int, mean: float, norm: float) -> int:
-    """How many steps in a row were skipped, this one included."""
-    if math.isfinite(mean) and math.isfinite(norm):
-        return 0
-    run.say(f"step {step + 1}: loss {mean:.4g}, gradient norm {norm:.4g}: skipped")
-    return skipped + 1
 
 
 def shown(measures: dict[str, float]) -> str:
@@ -509,26 +509,28 @@ def plan_run(settings: Settings, run: Run) -> float | None:
         return None
     made = settings.tokenizer or next(
         (path for path in settings.data if Path(path, "tokenizer_config.json").exists()), None)
-    open_ended = not (settings.steps or settings.epochs or settings.minutes)
+    bounded = settings.steps or settings.epochs
+    open_ended = not (bounded or settings.minutes)
     context = settings.context or (256 if open_ended else None)         # room to converse in
     asked = {"layers": settings.layers, "width": settings.width, "context": context,
              "vocab": text.load_tokenizer(made).vocab_size if made else settings.vocab,
              "tokens": settings.tokens_per_step}
-    shapes = [shape._replace(**{name: value for name, value in asked.items() if value})
-              for shape in SHAPES]
+    asked = {name: value for name, value in asked.items() if value}
+    shapes = [shape._replace(**asked) for shape in SHAPES]
     if settings.batch_size:
         shapes = [shape._replace(tokens=settings.batch_size * shape.context) for shape in shapes]
-    shapes, bounded = [*dict.fromkeys(shapes)], settings.steps or settings.epochs
+    shapes = [*dict.fromkeys(shapes)]                                   # each once
     shape, speed = shapes[0], None
     if len(shapes) > 1 or not bounded:
-        size, minutes = text_bytes(settings), settings.minutes or MINUTES
+        size = text_bytes(settings)
         shape, each, seconds = choose(
-            shapes, 60 * minutes, math.inf if bounded or settings.minutes else size,
+            shapes, 60 * (settings.minutes or MINUTES), size if open_ended else math.inf,
             lambda shape, enough: step_seconds(settings, run, shape, enough))
-        speed, epochs = shape.tokens / each, shape.tokens / each * seconds / size * BYTES
+        speed, lasts = shape.tokens / each, ""
         if not bounded:
             settings.minutes = settings.minutes or round(seconds / 60, 2)
-        lasts = "" if bounded else f": about {epochs:.1f} epochs in {settings.minutes:g} minutes"
+            epochs = speed * seconds * BYTES / size
+            lasts = f": about {epochs:.1f} epochs in {settings.minutes:g} minutes"
         run.say(f"plan       {size / 1e6:.1f} MB of text; {speed:,.0f} tokens/s at {shape.layers} x"
                 f" {shape.width}, context {shape.context}, vocabulary {shape.vocab}, "
                 f"{shape.tokens} tokens a step{lasts}")
@@ -539,19 +541,17 @@ def plan_run(settings: Settings, run: Run) -> float | None:
 
 
 def step_seconds(settings: Settings, run: Run, shape: Shape, enough: float) -> float:
-    """How long a step of this shape takes, by a few steps that change nothing; far over `enough`,
-    by one."""
+    """Seconds of a step of this shape: the least of up to four, or of one far over `enough`."""
     model_class, config_class, _ = model_parts(settings.model)
     config = config_class.sized(shape.layers, shape.width, shape.vocab, shape.context)
     values = config_values(config_class, settings.config)
     model = model_class(dataclasses.replace(config, **values)).to(run.device).train()
     muon = float(settings.optimizer != "adamw")
-    optimizer = make_optimizer(model, settings.weight_decay, muon)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    optimizer, scaler = make_optimizer(model, settings.weight_decay, muon), run.scaler()
     rows = max(1, shape.tokens // shape.context // run.world)
     tokens = torch.randint(shape.vocab, (min(rows, max(1, 16384 // shape.context)), shape.context))
     batches = [{"tokens": tokens, "targets": tokens}] * -(-rows // len(tokens))
-    loss, times = NextTokenLoss(model), []
+    loss, times = cluster.overlapping(NextTokenLoss(model), run), []
     try:
         while len(times) < 4 and min(times, default=0) < 3 * enough:
             took = seconds_of(lambda: training_step(run, loss, optimizer, scaler, batches, 0.0, 1.0,
@@ -585,6 +585,14 @@ def check_settings(settings: Settings, given: set[str]) -> None:
         raise ValueError("--tokens-per-step and --batch-size decide the same: give one")
     if "vocab" in given and (settings.tokenizer or settings.init_from):
         raise ValueError("--vocab is for a new tokenizer: --tokenizer and --init-from have theirs")
+    if settings.shard:
+        if settings.optimizer == "muon" or settings.compile == "on":
+            raise ValueError("--shard needs --optimizer adamw, as Muon computes with whole "
+                             "matrices, and --compile off")
+        settings.optimizer = "adamw"
+    sizes = model_parts(settings.model)[2]
+    if settings.size and settings.size not in sizes:
+        raise ValueError(f"--size {settings.size}: {settings.model} has {', '.join(sizes)}")
     if settings.init_from:
         found = identify(locate(settings.init_from))
         if "model" in given and settings.model != found:
@@ -593,25 +601,23 @@ def check_settings(settings: Settings, given: set[str]) -> None:
 
 
 def derive(settings: Settings, given: set[str], run: Run, corpus: Corpus, speed: float | None):
-    """Fill in every setting that is still open, say what was decided; (config, model or None).
+    """Fill in the sizes and rates left open, say what was decided; (config, model or None).
 
     speed: tokens per second, if measured. Only --init-from has a model, with its weights, already.
     """
     model_class, config_class, sizes = model_parts(settings.model)
     tokenizer, model = corpus.tokenizer, None
     values = config_values(config_class, settings.config)
-    own = not (settings.init_from or settings.size)                     # planned
     context = settings.context or 1024
     if settings.init_from:
-        model = load_checkpoint(settings.init_from, "cpu", torch.float32, **values)
+        dtype = None if settings.shard else torch.float32               # None: mapped, not read
+        model = load_checkpoint(settings.init_from, "cpu", dtype, **values)
         config = model.config
     else:
-        if settings.size and settings.size not in sizes:
-            raise ValueError(f"--size {settings.size}: {settings.model} has {', '.join(sizes)}")
         config = sizes[settings.size] if settings.size else config_class.sized(
             settings.layers, settings.width, tokenizer.vocab_size, context)
         config = dataclasses.replace(config, **{
-            "vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id,
+            "vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.begin_id,
             "eos_token_id": tokenizer.end_id, "pad_token_id": None, **values})
     check_vocabulary(config, tokenizer)
     if "context" in given and settings.context > (config.context or settings.context):
@@ -629,8 +635,8 @@ def derive(settings: Settings, given: set[str], run: Run, corpus: Corpus, speed:
         sequences = run.world
     settings.tokens_per_step, settings.batch_size = sequences * settings.context, None
     if settings.lr is None:
-        settings.lr = 5e-3 * math.sqrt(128 / settings.width) if own else 6e-4
-        settings.lr = 1e-4 if settings.init_from else settings.lr
+        settings.lr = (1e-4 if settings.init_from else 6e-4 if settings.size
+                       else 5e-3 * math.sqrt(128 / settings.width))
     settings.optimizer = settings.optimizer or ("adamw" if settings.init_from else "muon")
     epoch = len(corpus.train) / settings.tokens_per_step                # in steps
     if settings.epochs:
@@ -672,7 +678,7 @@ def opening(corpus: Corpus) -> str:
 
 def train(settings: Settings, given: set[str]) -> None:
     """The script: data, model, loop."""
-    saved = None
+    saved, again = None, cluster.restarted(settings, given)
     if settings.resume:
         out, saved = load_resume(settings.resume)
         settings, changed = resume_settings(Settings, saved, settings, given, out, HARMLESS)
@@ -681,27 +687,32 @@ def train(settings: Settings, given: set[str]) -> None:
     run = start_run(settings, STARTED)
     speed = None if saved else plan_run(settings, run)
     if settings.plan:
-        return
+        return speed or run.say("plan       nothing was left open: sizes and length are given")
     corpus = prepare_corpus(settings, run, saved_tokenizer(saved) if saved else None)
     if saved and corpus.key != saved["data"]:
         raise ValueError(f"--resume {settings.out}: the data have changed since it was started")
     tokenizer, end = corpus.tokenizer, corpus.tokenizer.end_id
+    first = int(corpus.val[0]) if end is None else end      # nanoGPT's characters have no end
     config, model = derive(settings, given, run, corpus, speed)
     torch.manual_seed(settings.seed)
-    model = (model or model_parts(settings.model)[0](config)).to(run.device).train()
+    with torch.device("meta" if run.sharded else "cpu"):
+        model = model or model_parts(settings.model)[0](config)
     if settings.checkpoint_activations:
         checkpoint_blocks(model)
+    loss = NextTokenLoss(model).train()
+    whole = cluster.shard(loss, run) if run.sharded else loss.to(run.device)
 
     def check(limit: int):
-        nats = validate(model, run, corpus.val, settings.context, end, limit)
+        nats = validate(loss if run.sharded else model, run, corpus.val, settings.context, first,
+                        limit)
         return {"val_loss": nats,
                 "bits_per_byte": nats / math.log(2) * len(corpus.val) / corpus.val_bytes}
 
     def show():
-        prompt = [end, *tokenizer.encode(settings.sample_prompt)]
+        prompt = [first, *tokenizer.encode(settings.sample_prompt)]
         if config.context:                   # room for at least one new token
             prompt = prompt[:config.context - 1]
-        [new] = model.generate([prompt], 150, temperature=0.8, top_p=0.9, stop=[end],
+        [new] = model.generate([prompt], 150, temperature=0.8, top_p=0.9, stop=end,
                                seed=settings.seed)
         run.say(f"--- sample ---\n{tokenizer.decode(prompt[1:] + new)}\n---")
         if run.rank == 0:
@@ -716,51 +727,53 @@ def train(settings: Settings, given: set[str]) -> None:
     batches = Batches(corpus.train, settings.context, sequences, settings.micro_batch,
                       settings.seed, run)
     muon = settings.muon_lr / settings.lr if settings.optimizer == "muon" else 0.0
-    optimizer = make_optimizer(model, settings.weight_decay, muon)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    step, skipped, best = 0, 0, {"val_loss": math.inf, "step": 0, "done": 0.0}
+    optimizer, scaler = make_optimizer(model, settings.weight_decay, muon), run.scaler()
+    step, best = 0, {"val_loss": math.inf, "step": 0, "done": 0.0}
     if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        step, run.started = saved["step"], time.time() - saved["spent"]
-        best = saved.get("best", best)
-        say_changes(run, saved, changed)
+        step, best = restore(run, saved, changed, model, optimizer, scaler, loss)
     if run.rank == 0:
-        run.out = out if saved else make_run_directory(settings.out, settings.model)
+        run.out = (out if saved else Path(settings.out) if again
+                   else make_run_directory(settings.out, settings.model))
         settings.out = str(run.out)
+        cluster.mark_run(run.out)
         run.say(f"run        {run.out}")
         write_settings(settings, run.out)
         tokenizer.save(run.out, model_max_length=config.context)
+        run.log(step=step, **rivals)
         can_draw()                           # now, because it takes a second or two
+    settings.out = cluster.agree(run, settings.out)
+
+    def publish_weights():
+        with cluster.gathered(whole, loss, run) as full:
+            if run.rank == 0:
+                publish(full.model, tokenizer, settings, run.out)
 
     def save():
-        if run.rank == 0:
-            if settings.keep == "last" or best["step"] in (0, step):
-                publish(model, tokenizer, settings, run.out)
-            save_resume(run.out, settings, run, tokenizer, corpus.key, config, step=step, best=best,
-                        model=model.state_dict(), optimizer=optimizer.state_dict(),
-                        scaler=scaler.state_dict())
+        if settings.keep == "last" or best["step"] in (0, step):
+            publish_weights()
+        with cluster.saving(loss, optimizer, run, Path(settings.out), step) as folder:
+            if run.rank == 0:
+                tensors = {} if run.sharded else {"model": model.state_dict(),
+                                                  "optimizer": optimizer.state_dict()}
+                save_resume(folder, settings, run, tokenizer, corpus.key, config, step=step,
+                            best=best, scaler=scaler.state_dict(), **tensors)
 
-    loss = compile_loss(settings.compile, run, NextTokenLoss(model), batches(step)[0])
+    step_loss = compile_loss(settings.compile, run, loss, batches(step)[0])
+    step_loss = cluster.overlapping(step_loss, run)
     everything = min(len(corpus.val), 30 * settings.eval_tokens)        # or a tenth of the time
     pace = Pace(settings, run, step)
     with Interrupt() as interrupt:
         while pace.done < 1:
             begun = time.perf_counter()
-            torch.manual_seed((settings.seed * 1_000_003 + step) * run.world + run.rank)
+            torch.manual_seed(run.step_seed(settings.seed, step))
             lr = learning_rate(settings, pace.done * pace.steps, pace.steps)
-            mean, norm, count = training_step(run, loss, optimizer, scaler, batches(step), lr,
+            mean, norm, count = training_step(run, step_loss, optimizer, scaler, batches(step), lr,
                                               settings.clip, settings.tokens_per_step)
             speed = count / (time.perf_counter() - begun)
-            skipped = count_skipped(run, skipped, step, mean, norm)
             step += 1
             pace.after(step)
-            run.say_step(f"step {step}/{pace.steps}  loss {mean:.4f}  lr {lr:.2e}  norm {norm:.2f}"
-                         f"  {speed:,.0f} tokens/s  {clock(pace.left)} left", step, pace.steps)
-            run.log(step=step, loss=mean, lr=lr, norm=norm, tokens_per_s=speed, skipped=skipped,
-                    seconds=time.time() - run.started, peak_bytes=peak_bytes(run.device))
-            if skipped == 10:
+            pace.report(step, mean, lr, norm, speed)
+            if pace.skipped == 10:
                 step -= 10
                 save()
                 raise ValueError("ten steps in a row had no finite loss or gradient: the state "
@@ -772,13 +785,11 @@ def train(settings: Settings, given: set[str]) -> None:
                 run.say("           validation: " + shown(measures))
                 if measures["val_loss"] < best["val_loss"]:
                     best = {**measures, "step": step, "done": pace.done}
-                    if settings.keep == "best" and run.rank == 0:
+                    if settings.keep == "best":
                         with pace.closing_takes("saving", 2):
-                            publish(model, tokenizer, settings, run.out)
-                elif settings.keep == "best" and pace.done - best["done"] > 1 / 3:
-                    run.say(f"stopped    at step {step}: no validation has been better than that "
-                            f"of step {best['step']} for a third of the run")
-                    pace.done = 1.0
+                            publish_weights()
+                elif settings.keep == "best":
+                    pace.stop_if_no_better(step, best)
             if pace.done < 1 and pace.due(settings.sample_every, 3, step):
                 with pace.closing_takes("sample"):
                     show()
@@ -792,27 +803,39 @@ def train(settings: Settings, given: set[str]) -> None:
     save()
     if settings.keep == "best" and best["step"] not in (0, step):
         step = best["step"]
-        take_back(model, run)
+        take_back(loss, run, settings.out)
     show()
     measures = check(everything)
     run.log(step=step, **measures, **rivals)
     finish(settings, run, step, measures | rivals)
 
 
-def say_changes(run: Run, saved: dict, changed: list[str]) -> None:
-    """Say what makes a resumed run differ in its last bits from one that was never stopped."""
+def restore(run: Run, saved: dict, changed: list[str], model, optimizer, scaler, loss):
+    """Go on where a resume.pt was written: (steps done, the best validation). Says what makes this
+    differ in its last bits from a run that was never stopped."""
+    if run.sharded:
+        cluster.load_shards(loss, optimizer, Path(saved["folder"]))
+    else:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    scaler.load_state_dict(saved["scaler"])
+    run.started = time.time() - saved["spent"]
     if saved["world"] != run.world:
         changed = [*changed, f"started on {saved['world']} processes"]
     if changed:
         run.say(f"resume     not bit-exactly: {', '.join(changed)}")
+    return saved["step"], saved["best"]
 
 
-def take_back(model, run: Run) -> None:
+def take_back(loss: NextTokenLoss, run: Run, out: str) -> None:
     """Load the best weights, those in the run directory, on all processes."""
-    if run.rank == 0:
-        model.load_state_dict(load_checkpoint(run.out, "cpu", torch.float32).state_dict())
-    if run.world > 1:
-        for parameter in model.parameters():
+    if run.sharded:
+        dist.barrier()                       # they are written
+        cluster.load_rows(loss, NextTokenLoss(load_checkpoint(out)))
+    elif run.rank == 0:
+        loss.model.load_state_dict(load_checkpoint(out, "cpu", torch.float32).state_dict())
+    if run.world > 1 and not run.sharded:
+        for parameter in loss.parameters():
             dist.broadcast(parameter.data, 0)
 
 
@@ -820,14 +843,21 @@ def finish(settings: Settings, run: Run, step: int, measures: dict) -> None:
     """Say how it ended and what to do with it."""
     if run.rank > 0:
         return
+    write_card(run.out)
     losses = measured(run.out, "loss")
-    if losses and not (run.out / "loss.png").exists():
-        run.say(curve([*losses.values()]))
+    if (run.out / "loss.png").exists():
+        run.say(f"the curve is {run.out / 'loss.png'}, as matplotlib drew it")
+    elif losses:
+        run.say(curve([*losses.values()]) + "\nloss.png is drawn by matplotlib, which is not "
+                "installed: python -m pip install matplotlib, then python bench/plot.py "
+                f"{run.out}")
     run.say(f"\n{measures['bits_per_byte']:.3f} bits per byte of the held-out text, by the weights "
             f"of step {step}; gzip -9 needs {measures['gzip']:.3f}, xz -9e {measures['xz']:.3f}")
     run.say(f"{clock(time.time() - run.started)} in all, peak memory "
             f"{peak_bytes(run.device) / 2**30:.2f} GB. Talk to it:\n"
             f"python chat.py {run.out} --prompt {shlex.quote(settings.sample_prompt)}")
+    if not settings.data:
+        run.say("With your own text: python train.py --data FILE-OR-FOLDER ...")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,7 +1,7 @@
-"""Draw runs over each other: python bench/plot.py out/gpt out/gpt-2 --out runs.png
+"""Draw runs over each other: python bench/plot.py out/gpt out/gpt-2
 
 Training and validation loss, learning rate and tokens per second, against tokens seen, as train.py
-logged them. Needs matplotlib.
+logged them, in runs.png of the first run's folder. matplotlib draws it.
 """
 import argparse
 import json
@@ -51,12 +51,14 @@ def draw(runs: list[Path], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="run directories of train.py")
-    parser.add_argument("--out", type=Path, default=Path("runs.png"), help="the picture (default: runs.png)")
+    parser.add_argument("--out", type=Path, help="the picture (default: runs.png in the first run's folder)")
     args = parser.parse_args()
+    args.out = args.out or args.runs[0] / "runs.png"
     try:
         draw(args.runs, args.out)
     except ImportError:
-        sys.exit("plot.py: pictures need matplotlib: pip install matplotlib")
+        print("plot.py: matplotlib draws pictures: python -m pip install matplotlib", file=sys.stderr)
+        sys.exit(2)
     except (OSError, ValueError, KeyError) as error:
         print(f"plot.py: no run of train.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -2,8 +2,9 @@
 
 In GPT-2 each token weighs all tokens before it, pair by pair. Here it reads a weighted mean of
 their values, in which the past fades at a rate that is learned for each channel. Two running sums
-are all there is to remember: trained in parallel like a Transformer, the model runs as an RNN, and
-a token costs the same after ten tokens as after a million; no positions, no limit to the context.
+and the token before are all there is to remember: trained in parallel like a Transformer, the model
+runs as an RNN, and a token costs the same after ten tokens as after a million; no positions, no
+limit to the context.
 
 The whole forward pass. Each block norms the residual stream x (T, C) and adds to it, twice:
 
@@ -17,19 +18,19 @@ The whole forward pass. Each block norms the residual stream x (T, C) and adds t
         z = mix x + (1 - mix) x'                        mix = time_mix: (C,)
         k, v, r = min(z W_key, 60), z W_value, z W_receptance
         y_t = (Σ_{s<t} e^(k_s + (t-1-s) w) v_s + e^(k_t + u) v_t) / (the same without v, + ε)
-        return (σ(r) y) W_output                        w = -e^time_decay, u = time_first: (C,)
+        return (σ(r) * y) W_output                      w = -e^time_decay, u = time_first: (C,)
     channel_mix(x), z as above with a mix of its own:
-        return σ(z W_receptance) (relu(z W_key)² W_value)
+        return σ(z W_receptance) * (relu(z W_key)² W_value)
 
 W_... are matrices, the rest vectors, multiplied channel by channel; the name is that of four of
 them: receptance (a gate), w (the log of the decay), key and value. Token s weighs e^(k_s), times
-e^w for each step since; the current one has the bonus u. Beyond 60, e^k could overflow; ε prevents
-0 / 0. Also different from GPT-2: the matrices read a blend of this token and the one before ("token
-shift"), the residual stream itself is normed, not what is read from it, the MLP is a squared ReLU
-behind a gate, only norms have biases, and the head is a matrix of its own.
+e^w for each token between; the current one has the bonus u. Beyond 60, e^k could overflow; ε is
+against 0 / 0. Also different from GPT-2: the matrices read a blend of this token and the one before
+("token shift"), the residual stream itself is normed, not what is read from it, the MLP is a
+squared ReLU behind a gate, only norms have biases, and the head is a matrix of its own.
 
 headQK, an option that the first published model has, helps to copy names: with h = ln_out(x), it
-adds head_q(h_t) · head_k(h_s) / D to the logit of token s at position t, for every s <= t.
+adds head_q(h_t) · head_k(h_s) / D, at position t, to the logit of the token that stands at s <= t.
 
     B batch   T time   C channels (n_embd)   L layers   V vocabulary
     M state capacity in tokens, with headQK only; D its key size (head_qk)
@@ -105,7 +106,7 @@ def previous(x: Tensor, last: Tensor | None) -> Tensor:
     tokens are constants: gradients flow only into x.
     """
     if last is None:
-        return F.pad(x, (0, 0, 1, -1))
+        return F.pad(x, (0, 0, 1, -1))       # zeros in at the front, the last token out
     shifted = torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
     last.copy_(x[:, -1].detach())
     return shifted
@@ -141,7 +142,7 @@ def wkv2(k: Tensor, v: Tensor, w: Tensor, u: Tensor, S0: Tensor,
 
 
 def sums(x: Tensor, w: Tensor) -> Tensor:
-    """x_t <- x_t + e^w x_{t-1} along (B, T, 2, C), in log T steps.
+    """x_t += e^w x_{t-1}, for t = 1, 2, ... in turn, along (B, T, 2, C), in about 2 log T steps.
 
     Two neighbours are one step with decay e^(2 w). So half as many steps, done the same way, give
     every second result; one more step from each gives those in between.
@@ -176,7 +177,7 @@ class TimeMix(nn.Module):
         r = torch.sigmoid(self.receptance(z))
         k = self.key(z).clamp(max=self.clamp)
         v = self.value(z)
-        w = -torch.exp(self.time_decay[:, 0].float())       # to bf16, a decay of 0.999 is 1
+        w = -torch.exp(self.time_decay[:, 0].float())       # fp32: its error adds up over time
         u = self.time_first[:, 0]
         S0 = k.new_zeros(len(k), 2, len(w)) if S is None else S.clone()     # S is overwritten below
         y, S1 = wkv2(k, v, w, u, S0, self.eps)
@@ -231,10 +232,7 @@ class State(NamedTuple):
     head_k: Tensor                           # (B, M, D): keys of headQK
     ids: Tensor                              # (B, M) int64: the tokens they belong to
 
-    @property
-    def capacity(self) -> float:
-        """The number of tokens that fit: M with headQK, else any."""
-        return self.ids.shape[1] or math.inf
+    capacity = property(lambda self: self.ids.shape[1] or math.inf, doc="The tokens that fit.")
 
 
 class RWKV2(nn.Module):
@@ -251,7 +249,8 @@ class RWKV2(nn.Module):
         if config.head_qk:
             self.head_q = nn.Linear(config.n_embd, config.head_qk, bias=False)
             self.head_k = nn.Linear(config.n_embd, config.head_qk, bias=False)
-        self.initialise()
+        if not self.head.weight.is_meta:     # on meta, drawing takes seconds
+            self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -375,8 +374,8 @@ class RWKV2(nn.Module):
         state: continue this cached sequence (one prompt only) and leave it advanced; the last token
         drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
-        c, context = self.config, self.config.context or math.inf
-        stop = c.eos_token_id if stop is None else stop
+        context, V = self.config.context or math.inf, self.config.vocab_size
+        stop = self.config.eos_token_id if stop is None else stop
         stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
         for tokens in (*prompts, stop):
             if not isinstance(tokens, (list, tuple, set)) or not {*map(type, tokens)} <= {int}:
@@ -385,16 +384,16 @@ class RWKV2(nn.Module):
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
         low, high = min(map(min, prompts)), max(map(max, prompts))
-        if low < 0 or high >= c.vocab_size:
-            raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
-                             f"{c.vocab_size - 1}: is this the model's own tokenizer?")
+        if low < 0 or high >= V:
+            raise ValueError(f"prompt tokens {low} to {high}, but the vocabulary has 0 to {V - 1}")
         if not (max_new_tokens >= 0 and temperature >= 0 and (top_k is None or top_k >= 1)
                 and (top_p is None or 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        longest = past + max(map(len, prompts))
-        needed = max(longest, min(longest + max_new_tokens, context) - 1)   # the last is not fed
+        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
+        # what will be fed: not the last new token. A limit below 0: the prompt is too long
+        needed = past + max(len(p) + max(n - 1, 0) for p, n in zip(prompts, limits))
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
@@ -403,9 +402,8 @@ class RWKV2(nn.Module):
         if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        generator = torch.Generator()
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        seed = torch.Generator().seed() if seed is None else seed
+        generator = torch.Generator().manual_seed(seed)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         new, active = [[] for _ in prompts], {row for row in order if limits[row]}
         modes = {module: module.training for module in self.modules()}
@@ -422,7 +420,7 @@ class RWKV2(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that ended are fed too, into slots that exist
+                if active:                   # ended rows are fed too, but inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
@@ -452,14 +450,13 @@ class RWKV2(nn.Module):
         """Read an official .pth, or the one in a folder; only one copy in memory.
 
         dtype None: that of its matrices. overrides: config fields that the file does not state.
-        A damaged file, or one of another model, raises what torch raises.
         """
         config, tensors = read_pth(Path(path))
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(replace(config, **overrides))
         dtype = dtype or tensors["blocks.0.att.key.weight"].dtype
         weights = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-        for name, p in model.named_parameters():                        # some lack axes of length 1
+        for name, p in model.named_parameters():    # files have (C,) or (C, 1) for (1, 1, C)
             if name in weights and weights[name].squeeze().shape == p.squeeze().shape:
                 weights[name] = weights[name].reshape(p.shape)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -472,8 +469,10 @@ class RWKV2(nn.Module):
         if others:                           # one of several: which, a reader could not tell
             raise ValueError(f"{directory} holds {', '.join(others)}: save into another folder")
         weights.parent.mkdir(parents=True, exist_ok=True)
+        dtype = str(self.emb.weight.dtype).removeprefix("torch.")
         config = {"architectures": ["RWKV2"], "model_type": "rwkv2", "tie_word_embeddings": False,
-                  "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
+                  "torch_dtype": dtype, "dtype": dtype, "hidden_size": self.config.n_embd,
+                  "num_hidden_layers": self.config.n_layer,
                   **asdict(self.config)}
         tensors = dict(self.state_dict())
         if self.config.head_qk:              # the official code saves its mask of positions too
@@ -497,12 +496,14 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
-        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        # Sorting all of V is slow. The p < (1 - top_p) / V weigh less than 1 - top_p together, so
+        # they lie behind the cut and can go first; half of that, for rounding.
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)
         for row in probs:                                               # (V,), few of them not 0
             likely = row.nonzero()[:, 0]
             falling, order = row[likely].sort(descending=True, stable=True)
-            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
+            before = falling.cumsum(-1) - falling                       # the mass in front of each
+            row[likely[order[before > top_p]]] = 0.0
     return probs
 
 
@@ -510,8 +511,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
            generator: torch.Generator) -> Tensor:
     """(B, V) logits -> (B,) tokens, drawn on the CPU: a seed means the same on every device."""
     if not logits.amax().isfinite():
-        raise ValueError("the logits hold NaN or infinity: damaged weights, or too narrow a dtype "
-                         "(float16 overflows where bfloat16 does not)")
+        raise ValueError("the logits hold NaN or infinity: damaged weights, or float16 too narrow")
     if temperature == 0:
         return logits.argmax(-1)
     probs = probabilities(logits.float().cpu(), temperature, top_k, top_p)
@@ -545,4 +545,4 @@ def read_pth(path: Path) -> tuple[RWKV2Config, dict[str, Tensor]]:
             sizes.update(ctx_len=len(tensors.pop("copy_mask")))
     known = {field.name: stated[field.name] for field in fields(RWKV2Config)
              if stated.get(field.name) is not None}
-    return RWKV2Config(**{**known, **sizes}), tensors                   # shapes do not lie
+    return RWKV2Config(**{**known, **sizes}), tensors                   # shapes win

@@ -1,11 +1,11 @@
 """RWKV-4 in one file: RWKV-3 whose weighted mean is exact for every key.
 
 RWKV-3 cut keys off at 60, since e^k overflows, and added a small ε to the denominator, which pulls
-y to 0 where every k is low. RWKV-4 has neither: it keeps both sums divided by e^o, o the largest
-exponent in them so far, a third vector to remember. Besides, training pulls the largest logit of
-each position towards 0 ("L2Wrap"), so that logits do not drift out of the range of fp16, and decay
-and bonus learn two and three times as fast as the rest. Models of 0.2 to 14 billion parameters
-were trained.
+y to 0 where every k is low. RWKV-4 has neither: it keeps both sums divided by e^o, o being their
+largest exponent, max_s k_s + (t - s) w, and a third vector to remember. Besides, training pulls the
+largest logit of each position towards 0 ("L2Wrap"), so that logits do not drift out of the range of
+fp16, and decay and bonus learn two and three times as fast as the rest. Models of 0.2 to 14 billion
+parameters were trained.
 
 The whole forward pass. Each block reads the residual stream x (T, C) and adds to it twice:
 
@@ -19,12 +19,12 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
         x_k = mix_k x + (1 - mix_k) x'                  mix_k = time_mix_k; likewise x_v, x_r
         k, v, r = x_k W_key, x_v W_value, x_r W_receptance
         y_t = (Σ_{s<t} e^(k_s + (t-1-s) w) v_s + e^(k_t + u) v_t) / (the same without v)
-        return (σ(r) y) W_output                        w = -e^time_decay, u = time_first: (C,)
+        return (σ(r) * y) W_output                      w = -e^time_decay, u = time_first: (C,)
     channel_mix(x), with x_k and x_r as above:
-        return σ(x_r W_receptance) (relu(x_k W_key)² W_value)
+        return σ(x_r W_receptance) * (relu(x_k W_key)² W_value)
 
 W_... are matrices, the rest vectors, multiplied channel by channel. So y_t is a weighted mean of
-the values so far, in each channel: token s weighs e^(k_s), times e^w for each step since; the
+the values so far, in each channel: token s weighs e^(k_s), times e^w for each token between; the
 current one has the bonus u. All there is to remember are x' and the two sums with their o: trained
 in parallel like a Transformer, the model runs as an RNN, and a token costs the same after ten
 tokens as after a million.
@@ -104,7 +104,7 @@ def previous(x: Tensor, last: Tensor | None) -> Tensor:
     tokens are constants: gradients flow only into x.
     """
     if last is None:
-        return F.pad(x, (0, 0, 1, -1))
+        return F.pad(x, (0, 0, 1, -1))       # zeros in at the front, the last token out
     shifted = torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
     last.copy_(x[:, -1].detach())
     return shifted
@@ -116,7 +116,7 @@ def wkv4_loop(k: Tensor, v: Tensor, w: Tensor, u: Tensor, S0: Tensor) -> tuple[T
     w <= 0, the log of the decay, and u, the bonus of the current token: (C,). S0: (B, 3, C), the
     state to begin with. Returns y: (B, T, C) and the state after the last token. It holds p and q,
     the sums with and without v, both divided by e^o, o the largest exponent in them: dividing both
-    by the same number does not change y, and no exponent below is above 0, so nothing overflows.
+    by one number does not change y, and no exponent in the code is above 0: nothing overflows.
     """
     (p, q, o), y = S0.unbind(1), []
     for t in range(k.shape[1]):
@@ -137,7 +137,7 @@ def wkv4(k: Tensor, v: Tensor, w: Tensor, u: Tensor, S0: Tensor) -> tuple[Tensor
     """
     dtype = torch.promote_types(k.dtype, torch.float32)
     k, v, w, u, S0 = (x.to(dtype) for x in (k, v, w, u, S0))
-    with torch.no_grad():                    # another o, with p, q to match, gives the same y
+    with torch.no_grad():                    # y does not depend on o: no gradient
         o = highest(torch.cat([S0[:, None, 2], k], 1), w)               # (B, 1 + T, C)
         m = torch.maximum(o[:, :-1], u + k)
     decay = F.pad((o[:, :-1] - o[:, 1:] + w).exp(), (0, 0, 1, 0))       # from each o to the next
@@ -151,7 +151,7 @@ def wkv4(k: Tensor, v: Tensor, w: Tensor, u: Tensor, S0: Tensor) -> tuple[Tensor
 
 
 def highest(o: Tensor, w: Tensor) -> Tensor:
-    """o_t <- max(o_t, o_{t-1} + w) along (B, T, C): each step doubles how far back it reads."""
+    """o_t <- max(o_t, o_{t-1} + w) along (B, T, C): `span`, how far back o has read, doubles."""
     span = 1
     while span < o.shape[1]:
         o = torch.cat([o[:, :span], torch.maximum(o[:, span:], o[:, :-span] + span * w)], 1)
@@ -160,7 +160,7 @@ def highest(o: Tensor, w: Tensor) -> Tensor:
 
 
 def sums(x: Tensor, decay: Tensor) -> Tensor:
-    """x_t <- x_t + decay_t x_{t-1} along (B, T, 2, C), in log T steps.
+    """x_t <- x_t + decay_t x_{t-1} in turn along (B, T, 2, C), in 2 log T steps.
 
     Two neighbours are one step with the product of their decays. So half as many steps, done the
     same way, give every second result; one more step from each gives those in between.
@@ -193,7 +193,7 @@ class TimeMix(nn.Module):
 
     def first_state(self, batch_size: int) -> Tensor:
         """p, q, o before the first token, (B, 3, C) fp32: empty sums, o below every exponent."""
-        empty = self.time_decay.new_tensor([0.0, 0.0, -1e38], dtype=torch.float32)
+        empty = torch.tensor([0.0, 0.0, -1e38], dtype=torch.float32, device=self.time_decay.device)
         return empty[:, None].expand(batch_size, 3, len(self.time_decay))
 
     def forward(self, x, last, S):
@@ -201,7 +201,7 @@ class TimeMix(nn.Module):
         r = torch.sigmoid(self.receptance(x + gap * (1 - self.time_mix_r)))
         k = self.key(x + gap * (1 - self.time_mix_k))
         v = self.value(x + gap * (1 - self.time_mix_v))
-        w = -torch.exp(self.time_decay.float())             # to bf16, a decay of 0.999 is 1
+        w = -torch.exp(self.time_decay.float())             # fp32: its error adds up over time
         S0 = self.first_state(len(x)) if S is None else S.clone()       # S is overwritten below
         y, S1 = wkv4(k, v, w, self.time_first, S0)
         if S is not None:
@@ -265,7 +265,8 @@ class RWKV4(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i == 0) for i in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.initialise()
+        if not self.head.weight.is_meta:     # on meta, drawing takes seconds
+            self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -294,10 +295,8 @@ class RWKV4(nn.Module):
                 nn.init.orthogonal_(matrix.weight, gain=max(rows / columns, 1) ** 0.5)
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        """(B, T) tokens -> (B, T, C) after the final norm.
-
-        With a state, the tokens continue the sequence that it has seen, and it advances by T.
-        """
+        """(B, T) tokens -> (B, T, C) after the final norm. With a state, the tokens continue the
+        sequence that it has seen, and it advances by T."""
         if state is not None and len(state.position) != len(tokens):
             raise ValueError(f"{len(tokens)} rows of tokens, but a state of {len(state.position)}")
         x = self.emb(tokens)                                            # (B, T, C)
@@ -309,7 +308,7 @@ class RWKV4(nn.Module):
         return self.ln_out(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, V): the head."""
+        """(B, T, C) -> (B, T, V): the head, for a loss that is computed piece by piece."""
         return self.head(hidden)
 
     def forward(self, tokens: Tensor, state: State | None = None, last: bool = False) -> Tensor:
@@ -325,11 +324,9 @@ class RWKV4(nn.Module):
         return State(like.new_zeros(batch_size, dtype=torch.int64), last, last.clone(), wkv)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay.
-
-        Two keys are for train.py, AdamW ignores them: `lr_scale`, the authors' factor of the
-        learning rate, and `hidden_matrix`, true for the 2-D matrices inside the blocks.
-        """
+        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay. AdamW ignores
+        two keys, which train.py reads: `lr_scale`, the authors' factor of the learning rate, and
+        `hidden_matrix`, true for the 2-D matrices inside the blocks (for optimisers like Muon)."""
         groups = {}
         for name, p in self.named_parameters():
             matrix = name.endswith(".weight") and p.dim() == 2
@@ -351,8 +348,8 @@ class RWKV4(nn.Module):
         state: continue this cached sequence (one prompt only) and leave it advanced; the last token
         drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
-        c, context = self.config, self.config.context or math.inf
-        stop = c.eos_token_id if stop is None else stop
+        context, V = self.config.context or math.inf, self.config.vocab_size
+        stop = self.config.eos_token_id if stop is None else stop
         stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
         for tokens in (*prompts, stop):
             if not isinstance(tokens, (list, tuple, set)) or not {*map(type, tokens)} <= {int}:
@@ -361,16 +358,16 @@ class RWKV4(nn.Module):
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
         low, high = min(map(min, prompts)), max(map(max, prompts))
-        if low < 0 or high >= c.vocab_size:
-            raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
-                             f"{c.vocab_size - 1}: is this the model's own tokenizer?")
+        if low < 0 or high >= V:
+            raise ValueError(f"prompt tokens {low} to {high}, but the vocabulary has 0 to {V - 1}")
         if not (max_new_tokens >= 0 and temperature >= 0 and (top_k is None or top_k >= 1)
                 and (top_p is None or 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        longest = past + max(map(len, prompts))
-        needed = max(longest, min(longest + max_new_tokens, context) - 1)   # the last is not fed
+        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
+        # what will be fed: not the last new token. A limit below 0: the prompt is too long
+        needed = past + max(len(p) + max(n - 1, 0) for p, n in zip(prompts, limits))
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
@@ -379,9 +376,8 @@ class RWKV4(nn.Module):
         if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        generator = torch.Generator()
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        seed = torch.Generator().seed() if seed is None else seed
+        generator = torch.Generator().manual_seed(seed)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         new, active = [[] for _ in prompts], {row for row in order if limits[row]}
         modes = {module: module.training for module in self.modules()}
@@ -398,7 +394,7 @@ class RWKV4(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that ended are fed too, into slots that exist
+                if active:                   # ended rows are fed too, but inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
@@ -428,14 +424,13 @@ class RWKV4(nn.Module):
         """Read an official .pth, or the one in a folder; only one copy in memory.
 
         dtype None: that of its matrices. overrides: config fields that the file does not state.
-        A damaged file, or one of another model, raises what torch raises.
         """
         config, tensors = read_pth(Path(path))
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(replace(config, **overrides))
         dtype = dtype or tensors["blocks.0.att.key.weight"].dtype
         weights = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-        for name, p in model.named_parameters():                        # some lack axes of length 1
+        for name, p in model.named_parameters():    # files have (C,) or (C, 1) for (1, 1, C)
             if name in weights and weights[name].squeeze().shape == p.squeeze().shape:
                 weights[name] = weights[name].reshape(p.shape)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -448,8 +443,10 @@ class RWKV4(nn.Module):
         if others:                           # one of several: which, a reader could not tell
             raise ValueError(f"{directory} holds {', '.join(others)}: save into another folder")
         weights.parent.mkdir(parents=True, exist_ok=True)
+        dtype = str(self.emb.weight.dtype).removeprefix("torch.")
         config = {"architectures": ["RWKV4"], "model_type": "rwkv4", "tie_word_embeddings": False,
-                  "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
+                  "torch_dtype": dtype, "dtype": dtype, "hidden_size": self.config.n_embd,
+                  "num_hidden_layers": self.config.n_layer,
                   **asdict(self.config)}
         torch.save(dict(self.state_dict()), f"{weights}.part")
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -470,12 +467,14 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
-        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        # Sorting all of V is slow. The p < (1 - top_p) / V weigh less than 1 - top_p together, so
+        # they lie behind the cut and can go first; half of that, for rounding.
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)
         for row in probs:                                               # (V,), few of them not 0
             likely = row.nonzero()[:, 0]
             falling, order = row[likely].sort(descending=True, stable=True)
-            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
+            before = falling.cumsum(-1) - falling                       # the mass in front of each
+            row[likely[order[before > top_p]]] = 0.0
     return probs
 
 
@@ -483,8 +482,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
            generator: torch.Generator) -> Tensor:
     """(B, V) logits -> (B,) tokens, drawn on the CPU: a seed means the same on every device."""
     if not logits.amax().isfinite():
-        raise ValueError("the logits hold NaN or infinity: damaged weights, or too narrow a dtype "
-                         "(float16 overflows where bfloat16 does not)")
+        raise ValueError("the logits hold NaN or infinity: damaged weights, or float16 too narrow")
     if temperature == 0:
         return logits.argmax(-1)
     probs = probabilities(logits.float().cpu(), temperature, top_k, top_p)
@@ -515,4 +513,4 @@ def read_pth(path: Path) -> tuple[RWKV4Config, dict[str, Tensor]]:
                  dim_ffn=len(tensors["blocks.0.ffn.key.weight"]))
     known = {field.name: stated[field.name] for field in fields(RWKV4Config)
              if stated.get(field.name) is not None}
-    return RWKV4Config(**{**known, **sizes}), tensors                   # shapes do not lie
+    return RWKV4Config(**{**known, **sizes}), tensors                   # shapes win

@@ -20,9 +20,9 @@ The whole forward pass. Each block reads the residual stream x (T, C) and adds t
         split into H heads of D channels; in each, from S = 0, a (D, D) matrix of keys by values:
             y_t = r_t (S + diag(u) k_tᵀ v_t)            read; u = time_faaaa
             S <- diag(e^w) S + k_tᵀ v_t                 remember; w = -e^time_decay
-        return (ln_x(y) silu(x_g W_gate)) W_output      ln_x: each head normed by itself
+        return (ln_x(y) * silu(x_g W_gate)) W_output    ln_x: each head normed by itself
     channel_mix(x), with x_k and x_r as above:
-        return σ(x_r W_receptance) (relu(x_k W_key)² W_value)
+        return σ(x_r W_receptance) * (relu(x_k W_key)² W_value)
 
 W_... are matrices, the rest vectors, written as rows and multiplied channel by channel. Each row
 of S, a channel of the key, fades at its own rate; the current token has the bonus u. Trained in
@@ -110,7 +110,7 @@ def previous(x: Tensor, last: Tensor | None) -> Tensor:
     tokens are constants: gradients flow only into x.
     """
     if last is None:
-        return F.pad(x, (0, 0, 1, -1))
+        return F.pad(x, (0, 0, 1, -1))       # zeros in at the front, the last token out
     shifted = torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
     last.copy_(x[:, -1].detach())
     return shifted
@@ -133,11 +133,11 @@ def wkv5_loop(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
 
 def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor,
          S0: Tensor) -> tuple[Tensor, Tensor]:
-    """The same as `wkv5_loop` by matrix products, in fp32 (or fp64) like all official kernels: in
-    bf16, what a long memory adds up would be lost."""
+    """The same as `wkv5_loop` by matrix products, in fp32 (or fp64) like all official kernels: bf16
+    would round away what a long memory adds up."""
     dtype = torch.promote_types(r.dtype, torch.float32)
     r, k, v, w, u, S = (x.to(dtype) for x in (r, k, v, w, u, S0))
-    with torch.autocast("cpu" if r.is_meta else r.device.type, enabled=False):  # "meta" has none
+    with torch.autocast("cpu" if r.is_meta else r.device.type, enabled=False):  # meta has none
         if r.shape[2] > 1:
             return wkv5_chunks(r, k, v, w, u, S)
         new = k.mT @ v                                                  # (B, H, D, D)
@@ -153,11 +153,11 @@ def wkv5_chunks(r, k, v, w, u, S):
         r1 k0ᵀ  A1          ends: together, from the earlier token to the later one
 
     All factors are <= 1, so nothing overflows, however strong the decay. (It would with one product
-    for the chunk, of r_t e^(t w) and k_s e^(-s w).)
+    for the chunk, of r_t e^((t-1) w) and k_s e^(-s w).)
     """
     T = r.shape[2]
-    size = min(CHUNK, 1 << T.bit_length() - 1)                          # a power of 2
-    if T % size:                             # zeros at the end would decay S: so smaller chunks
+    size = min(CHUNK, 1 << (T.bit_length() - 1))                        # a power of 2 <= T
+    if T % size:         # padding would decay S once more for every zero: so smaller chunks instead
         y0, S = wkv5_chunks(*(x[:, :, :T - T % size] for x in (r, k, v)), w, u, S)
         y1, S = wkv5_chunks(*(x[:, :, T - T % size:] for x in (r, k, v)), w, u, S)
         return torch.cat([y0, y1], 2), S
@@ -217,7 +217,7 @@ class TimeMix(nn.Module):
         r = self.receptance(x + gap * (1 - self.time_mix_r))
         k = self.key(x + gap * (1 - self.time_mix_k))
         v = self.value(x + gap * (1 - self.time_mix_v))
-        w = -torch.exp(self.time_decay.float())             # to bf16, a decay of 0.999 is 1
+        w = -torch.exp(self.time_decay.float())             # fp32: its error adds up over time
         u = self.time_first.float().exp() if self.version == "5.0" else self.time_faaaa
         r, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (r, k, v))
         w, u = w.view(self.heads, -1), u.view(self.heads, -1)           # (H, D), or (H, 1)
@@ -288,7 +288,8 @@ class RWKV5(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i == 0) for i in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.initialise()
+        if not self.head.weight.is_meta:     # on meta, drawing takes seconds
+            self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -325,10 +326,8 @@ class RWKV5(nn.Module):
                 nn.init.orthogonal_(matrix.weight, gain)
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        """(B, T) tokens -> (B, T, C) after the final norm.
-
-        With a state, the tokens continue the sequence that it has seen, and it advances by T.
-        """
+        """(B, T) tokens -> (B, T, C) after the final norm. With a state, the tokens continue the
+        sequence that it has seen, and it advances by T."""
         if state is not None and len(state.position) != len(tokens):
             raise ValueError(f"{len(tokens)} rows of tokens, but a state of {len(state.position)}")
         x = self.emb(tokens)                                            # (B, T, C)
@@ -340,7 +339,7 @@ class RWKV5(nn.Module):
         return self.ln_out(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, V): the head."""
+        """(B, T, C) -> (B, T, V): the head, for a loss that is computed piece by piece."""
         return self.head(hidden)
 
     def forward(self, tokens: Tensor, state: State | None = None, last: bool = False) -> Tensor:
@@ -357,11 +356,9 @@ class RWKV5(nn.Module):
         return State(like.new_zeros(batch_size, dtype=torch.int64), last, last.clone(), wkv)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay.
-
-        Two keys are for train.py, AdamW ignores them: `lr_scale`, the authors' factor of the
-        learning rate, and `hidden_matrix`, true for the 2-D matrices inside the blocks.
-        """
+        """Every parameter once, in groups for torch.optim.AdamW: only matrices decay. AdamW ignores
+        two keys, which train.py reads: `lr_scale`, the authors' factor of the learning rate, and
+        `hidden_matrix`, true for the 2-D matrices inside the blocks (for optimisers like Muon)."""
         groups = {}
         for name, p in self.named_parameters():
             matrix = name.endswith(".weight") and p.dim() == 2
@@ -383,8 +380,8 @@ class RWKV5(nn.Module):
         state: continue this cached sequence (one prompt only) and leave it advanced; the last token
         drawn has not been fed to it. Dropout is off meanwhile. ValueError if it cannot be done.
         """
-        c, context = self.config, self.config.context or math.inf
-        stop = c.eos_token_id if stop is None else stop
+        context, V = self.config.context or math.inf, self.config.vocab_size
+        stop = self.config.eos_token_id if stop is None else stop
         stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
         for tokens in (*prompts, stop):
             if not isinstance(tokens, (list, tuple, set)) or not {*map(type, tokens)} <= {int}:
@@ -393,16 +390,16 @@ class RWKV5(nn.Module):
         if not prompts or not all(prompts):
             raise ValueError("an empty prompt: begin with the token that begins a text")
         low, high = min(map(min, prompts)), max(map(max, prompts))
-        if low < 0 or high >= c.vocab_size:
-            raise ValueError(f"prompt tokens from {low} to {high}, but the vocabulary has 0 to "
-                             f"{c.vocab_size - 1}: is this the model's own tokenizer?")
+        if low < 0 or high >= V:
+            raise ValueError(f"prompt tokens {low} to {high}, but the vocabulary has 0 to {V - 1}")
         if not (max_new_tokens >= 0 and temperature >= 0 and (top_k is None or top_k >= 1)
                 and (top_p is None or 0 <= top_p <= 1)):
             raise ValueError(f"max_new_tokens {max_new_tokens} and temperature {temperature} must "
                              f"not be negative, top_k {top_k} not below 1, top_p {top_p} in [0, 1]")
         past = 0 if state is None else int(state.position.max())
-        longest = past + max(map(len, prompts))
-        needed = max(longest, min(longest + max_new_tokens, context) - 1)   # the last is not fed
+        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
+        # what will be fed: not the last new token. A limit below 0: the prompt is too long
+        needed = past + max(len(p) + max(n - 1, 0) for p, n in zip(prompts, limits))
         if state is None:
             state = self.new_state(len(prompts), needed)
         elif len(prompts) > 1 or len(state.position) > 1:
@@ -411,9 +408,8 @@ class RWKV5(nn.Module):
         if needed > state.capacity:
             raise ValueError(f"{needed} tokens do not fit: the context of the model is {context}, "
                              f"the state was made for {state.capacity}")
-        limits = [min(max_new_tokens, context - past - len(prompt)) for prompt in prompts]
-        generator = torch.Generator()
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        seed = torch.Generator().seed() if seed is None else seed
+        generator = torch.Generator().manual_seed(seed)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         new, active = [[] for _ in prompts], {row for row in order if limits[row]}
         modes = {module: module.training for module in self.modules()}
@@ -430,7 +426,7 @@ class RWKV5(nn.Module):
                             active.remove(row)
                         if on_token is not None:
                             on_token(row, token)
-                if active:                   # rows that ended are fed too, into slots that exist
+                if active:                   # ended rows are fed too, but inside the cache
                     state.position.clamp_(max=needed - 1)
                     logits = self(tokens[:, None], state, last=True)[:, 0]
         finally:
@@ -460,14 +456,13 @@ class RWKV5(nn.Module):
         """Read an official .pth, or the one in a folder; only one copy in memory.
 
         dtype None: that of its matrices. overrides: config fields that the file does not state.
-        A damaged file, or one of another model, raises what torch raises.
         """
         config, tensors = read_pth(Path(path))
         with torch.device("meta"):                                      # shapes, no memory
             model = cls(replace(config, **overrides))
         dtype = dtype or tensors["blocks.0.att.key.weight"].dtype
         weights = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-        for name, p in model.named_parameters():                        # some lack axes of length 1
+        for name, p in model.named_parameters():    # files have (C,) or (C, 1) for (1, 1, C)
             if name in weights and weights[name].squeeze().shape == p.squeeze().shape:
                 weights[name] = weights[name].reshape(p.shape)
         model.load_state_dict(weights, strict=True, assign=True)
@@ -480,8 +475,10 @@ class RWKV5(nn.Module):
         if others:                           # one of several: which, a reader could not tell
             raise ValueError(f"{directory} holds {', '.join(others)}: save into another folder")
         weights.parent.mkdir(parents=True, exist_ok=True)
+        dtype = str(self.emb.weight.dtype).removeprefix("torch.")
         config = {"architectures": ["RWKV5"], "model_type": "rwkv5", "tie_word_embeddings": False,
-                  "torch_dtype": str(self.emb.weight.dtype).removeprefix("torch."),
+                  "torch_dtype": dtype, "dtype": dtype, "hidden_size": self.config.n_embd,
+                  "num_hidden_layers": self.config.n_layer,
                   **asdict(self.config)}
         torch.save(dict(self.state_dict()), f"{weights}.part")
         Path(f"{stated}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -502,12 +499,14 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: 
         logits = logits.masked_fill(logits < kth, float("-inf"))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        # all p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is kept
-        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)   # 2: rounding
+        # Sorting all of V is slow. The p < (1 - top_p) / V weigh less than 1 - top_p together, so
+        # they lie behind the cut and can go first; half of that, for rounding.
+        probs = probs.masked_fill(probs < (1 - top_p) / (2 * probs.shape[-1]), 0.0)
         for row in probs:                                               # (V,), few of them not 0
             likely = row.nonzero()[:, 0]
             falling, order = row[likely].sort(descending=True, stable=True)
-            row[likely[order[falling.cumsum(-1) - falling > top_p]]] = 0.0      # the mass before it
+            before = falling.cumsum(-1) - falling                       # the mass in front of each
+            row[likely[order[before > top_p]]] = 0.0
     return probs
 
 
@@ -515,8 +514,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
            generator: torch.Generator) -> Tensor:
     """(B, V) logits -> (B,) tokens, drawn on the CPU: a seed means the same on every device."""
     if not logits.amax().isfinite():
-        raise ValueError("the logits hold NaN or infinity: damaged weights, or too narrow a dtype "
-                         "(float16 overflows where bfloat16 does not)")
+        raise ValueError("the logits hold NaN or infinity: damaged weights, or float16 too narrow")
     if temperature == 0:
         return logits.argmax(-1)
     probs = probabilities(logits.float().cpu(), temperature, top_k, top_p)
@@ -549,4 +547,4 @@ def read_pth(path: Path) -> tuple[RWKV5Config, dict[str, Tensor]]:
                  version="5.0" if not gated else "5.1" if decay.dim() == 1 else "5.2")
     known = {field.name: stated[field.name] for field in fields(RWKV5Config)
              if stated.get(field.name) is not None}
-    return RWKV5Config(**{**known, **sizes}), tensors                   # shapes do not lie
+    return RWKV5Config(**{**known, **sizes}), tensors                   # shapes win

@@ -23,6 +23,19 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="long: run with --stress"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures():
+    """Drawing a curve takes longer than most runs of these tests: the scripts do not, here.
+
+    checkpoints.py still can: what it draws has tests of its own.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for module in filter(None, map(sys.modules.get, ("train", "finetune"))):
+            patch.setattr(module, "draw_log", lambda out: None)
+            patch.setattr(module, "can_draw", lambda: False, raising=False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def root():
     """The project's folder."""

@@ -1,9 +1,12 @@
 """What several tests need: comparing tensors with a reason, the loss, and how a run is started."""
+import contextlib
 import hashlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.nn import functional as F
@@ -54,6 +57,26 @@ def run(*arguments, timeout=240, cwd=ROOT, **environment):
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=settings, text=True,
                           capture_output=True, timeout=timeout)
+
+
+def run_here(main, *arguments, input=b"", encoding="utf-8"):
+    """What `run` returns, of a script's main in this process: importing torch again takes seconds.
+
+    encoding: of the terminal that the script writes to.
+    """
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+    status = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+            mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(input), encoding)):
+        try:
+            main([*map(str, arguments)])
+        except SystemExit as stopped:
+            status = stopped.code or 0
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode(encoding))
+    return subprocess.CompletedProcess(arguments, status, *texts)
 
 
 def assert_one_line_error(process, *words):

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ROOT, assert_one_line_error, continuation, run
+from helpers import ROOT, assert_one_line_error, continuation, run_here
 from safetensors.torch import load_file, save_file
 
 import chat
@@ -387,9 +387,9 @@ def test_a_stop_text_ends_an_answer_and_none_of_it_is_shown(kind, drawn, stops, 
 
 def test_a_stop_text_on_one_command_line(folders):
     flags = [folders["plain"], "--prompt", "Once", "--temperature", "0", "--max-new-tokens", 12, "--device", "cpu"]
-    whole = run("chat.py", *flags).stdout.removesuffix("\n")
+    whole = run_here(chat.main, *flags).stdout.removesuffix("\n")
     middle = whole[8:10]
-    cut = run("chat.py", *flags, "--stop", middle, "--stop", "never said").stdout
+    cut = run_here(chat.main, *flags, "--stop", middle, "--stop", "never said").stdout
     assert cut == whole[:whole.index(middle, 4)] + "\n" and middle in whole
 
 
@@ -520,7 +520,7 @@ def test_files_that_cannot_be_saved_or_loaded_are_refused_and_nothing_changes(
     conversation.messages = messages
     with pytest.raises(ValueError, match="king"):
         conversation.load(tmp_path / "king")
-    assert conversation.messages == messages and not list(tmp_path.glob("*.part"))
+    assert conversation.messages == messages and not list(tmp_path.glob("*.tmp"))
 
 
 # --- does it converse ---
@@ -673,19 +673,24 @@ def test_what_the_end_of_the_input_leaves_open_is_sent(lines, heard, folders, mo
     assert got == heard
 
 
-@pytest.mark.parametrize("environment", [{}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}])
-def test_invalid_bytes_do_not_end_a_conversation(environment, folders):
-    result = subprocess.run(
-        [sys.executable, "chat.py", folders["plain"], "--temperature", "0", "--device", "cpu",
-         "--max-new-tokens", "3"], check=False, input=b"Hello\n\xff\xfe \xc3\nAnd you?\n" * 2,
-        capture_output=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=120)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", None])
+def test_invalid_bytes_do_not_end_a_conversation(encoding, folders):
+    """encoding: of the terminal; None: a process of its own, in the locale C."""
+    flags = [folders["plain"], "--temperature", "0", "--device", "cpu", "--max-new-tokens", "3"]
+    said = b"Hello\n\xff\xfe \xc3\nAnd you?\n" * 2
+    if encoding:
+        result = run_here(chat.main, *flags, input=said, encoding=encoding)
+        out, err = result.stdout.encode(encoding), result.stderr
+    else:
+        result = subprocess.run([sys.executable, "chat.py", *map(str, flags)], check=False, input=said,
+                                capture_output=True, cwd=ROOT, timeout=120,
+                                env={**os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": "C"})
+        out, err = result.stdout, result.stderr.decode()
     direct = start(folders["plain"], "--max-new-tokens", 3)
-    assert result.returncode == 0 and b"Traceback" not in result.stderr, result.stderr
-    ascii = "PYTHONIOENCODING" in environment
-    hello, you = (ask(direct, text).encode("ascii" if ascii else "utf-8", "replace")
-                  for text in ("Hello", "And you?"))
-    assert result.stdout.startswith(hello) and result.stdout.count(you) >= 2
-    assert result.stdout.count(b"\n") == 6 and result.stderr.count(b"[cut at") == 6
+    assert result.returncode == 0 and "Traceback" not in err, err
+    hello, you = (ask(direct, text).encode(encoding or "utf-8", "replace") for text in ("Hello", "And you?"))
+    assert out.startswith(hello) and out.count(you) >= 2
+    assert out.count(b"\n") == 6 and err.count("[cut at") == 6
 
 
 def test_completing_text_goes_on_at_an_empty_line_and_begins_anew_at_another(
@@ -719,10 +724,8 @@ def test_a_text_longer_than_the_context_goes_on_from_its_end(folders, capsys):
 
 
 def test_a_session_through_a_pipe(folders):
-    result = subprocess.run(
-        [sys.executable, "chat.py", folders["llama3"], "--temperature", "0", "--device", "cpu",
-         "--max-new-tokens", "12"], check=False, input="Hello\nAnd you?\n", capture_output=True,
-        text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    result = run_here(chat.main, folders["llama3"], "--temperature", "0", "--device", "cpu",
+                      "--max-new-tokens", "12", input=b"Hello\nAnd you?\n")
     direct = start(folders["llama3"])
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"{ask(direct, 'Hello')}\n{ask(direct, 'And you?')}\n"
@@ -1072,5 +1075,5 @@ def test_wrong_files_are_one_line(folders, tmp_path, capsys):
 
 
 def test_a_device_that_is_not_here_is_one_line(folders):
-    assert_one_line_error(run("chat.py", folders["plain"], "--device", "nonsense"), "nonsense",
+    assert_one_line_error(run_here(chat.main, folders["plain"], "--device", "nonsense"), "nonsense",
                           "does not work here")

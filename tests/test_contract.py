@@ -73,6 +73,88 @@ def test_adamw_takes_the_groups_as_they_are_and_norms_and_biases_do_not_decay(na
     assert matrices == linears and len(linears) >= 8
 
 
+OPTIMIZERS = {   # betas, eps, L2Wrap: of nanoGPT; of Llama 2's paper; of RWKV-LM's train.py
+    "gpt": ((0.9, 0.95), 1e-8, None), "llama3": ((0.9, 0.95), 1e-5, None),
+    "glm4": ((0.9, 0.95), 1e-8, None), "rwkv6": ((0.9, 0.99), 1e-8, 1e-4),
+    "rwkv2": ((0.9, 0.99), 4e-9, None), "rwkv3": ((0.9, 0.99), 4e-9, None),
+    "rwkv4": ((0.9, 0.99), 1e-8, 1e-4), "rwkv5": ((0.9, 0.99), 1e-8, 1e-4)}
+
+
+@EIGHT
+def test_the_settings_of_the_optimiser_are_the_authors(name):
+    model_class = train.model_parts(name)[0]
+    betas, eps, penalty = OPTIMIZERS[name]
+    assert model_class.OPTIMIZER == dict(betas=betas, eps=eps)
+    assert getattr(model_class, "L2WRAP", None) == penalty
+
+
+@EIGHT
+def test_each_group_states_its_rate_its_decay_and_whether_muon_may_have_it(name):
+    for group in small(name).parameter_groups(0.3):
+        assert set(group) == {"params", "weight_decay", "lr_scale", "hidden_matrix"}
+        assert group["weight_decay"] in (0.0, 0.3) and type(group["hidden_matrix"]) is bool
+        if not name.startswith("rwkv"):
+            assert group["lr_scale"] == 1.0
+        elif group["hidden_matrix"]:
+            assert group["lr_scale"] == 1.0 and {p.dim() for p in group["params"]} == {2}
+
+
+@EIGHT
+def test_rows_go_on_from_different_positions_of_one_state(name):
+    """One token a row, and then two, beside rows that are computed alone."""
+    model, rows = small(name), [[5, 9, 2, 7, 1], [3, 8], [4, 4, 6]]
+    state = model.new_state(3, 8)
+    with torch.no_grad():
+        for i, row in enumerate(rows):
+            model.hidden(torch.tensor([row]), state._make(t[i:i + 1] for t in state))
+        assert state.position.tolist() == [5, 2, 3]
+        for new in ([[4], [6], [60]], [[1, 2], [3, 4], [5, 6]]):
+            got = model(torch.tensor(new), state)
+            rows = [row + more for row, more in zip(rows, new)]
+            for i, row in enumerate(rows):
+                want = model(torch.tensor([row]))[0, -len(new[0]):]
+                assert torch.allclose(got[i], want, atol=2e-5 * want.abs().max()), (name, i)
+    assert state.position.tolist() == [8, 5, 6]
+
+
+@EIGHT
+def test_a_state_of_other_rows_and_a_sequence_that_does_not_fit_are_refused(name):
+    model = small(name)
+    with pytest.raises(ValueError, match="3 rows of tokens, but a state of 2"):
+        model.hidden(torch.zeros(3, 1, dtype=torch.int64), model.new_state(2, 9))
+    if model.config.context:
+        with pytest.raises(ValueError, match="41 tokens.*context of 40"):
+            model.hidden(torch.zeros(1, 41, dtype=torch.int64))
+        assert model.hidden(torch.zeros(1, 40, dtype=torch.int64)).shape == (1, 40, 32)
+        state = model.new_state(2, 9)
+        model.hidden(torch.zeros(2, 9, dtype=torch.int64), state)
+        for tokens in (1, 2):
+            with pytest.raises(ValueError, match=f"{9 + tokens} tokens do not fit.*is 40.*state 9"):
+                model.hidden(torch.zeros(2, tokens, dtype=torch.int64), state)
+        assert model.new_state(1, 99).capacity == 40
+
+
+@EIGHT
+def test_a_forward_pass_and_a_state_keep_to_the_device_of_the_weights(name):
+    """On the meta device, which computes shapes only: a tensor left on the CPU would be refused."""
+    model = small(name).to("meta")
+    tokens = torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    assert model(tokens).device.type == model.hidden(tokens).device.type == "meta"
+    assert {tensor.device.type for tensor in model.new_state(2, 9)} == {"meta"}
+
+
+@EIGHT
+def test_a_model_is_loaded_in_the_dtype_asked_for_ready_to_use(name, tmp_path):
+    model = small(name)
+    model.save_pretrained(tmp_path)
+    for dtype, want in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        again = type(model).from_pretrained(tmp_path, dtype=dtype)
+        assert {p.dtype for p in again.parameters()} == {want} and not again.training
+        assert all(p.requires_grad and p.is_contiguous() for p in again.parameters())
+        assert not any(module.training for module in again.modules())
+    assert {p.device.type for p in type(model).from_pretrained(tmp_path, "meta").parameters()} == {"meta"}
+
+
 @EIGHT
 def test_last_gives_the_logits_of_the_last_token_only(name):
     model, tokens = small(name), torch.arange(18).view(2, 9)

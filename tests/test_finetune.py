@@ -29,12 +29,6 @@ QUICK = ["--device", "cpu", "--dtype", "float32", "--micro-batch", "64", "--samp
          "--eval-every", "100"]
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Drawing a curve takes longer than these runs."""
-    monkeypatch.setattr(checkpoints, "draw_log", lambda out: None)
-
-
 def tiny(name, seed=0, layers=1):
     """A small model of this architecture over bytes, with every parameter drawn."""
     torch.manual_seed(seed)
@@ -73,7 +67,7 @@ def start(task, init_from, out, *more):
 def measures(out, name):
     """A measure at first and at last."""
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    found = [event[name] for event in events if name in event and ("val_loss" in event or "tokens_per_s" not in event)]
+    found = [event[name] for event in events if name in event and ("val_loss" in event or "lr" not in event)]
     return found[0], found[-1]
 
 
@@ -200,7 +194,7 @@ def tokenizer():
 
 def test_only_replies_are_learnt_unless_all_is_asked_for(tokenizer):
     whole, learnt = made(tokenizer, conversation("Why?", "So.", "And?", "Then."), 999)
-    assert learnt == "So.<|endoftext|>Then.<|endoftext|>" and whole.endswith("### Response:Then.<|endoftext|>")
+    assert learnt == " So.<|endoftext|> Then.<|endoftext|>" and whole.endswith("### Response: Then.<|endoftext|>")
     assert made(tokenizer, conversation("Why?", "So."), 999, everything=True)[1] == made(
         tokenizer, conversation("Why?", "So."), 999)[0][1:]
     tokenizer.chat_format = None
@@ -256,7 +250,7 @@ def test_the_forms_of_rows_are_read_alike(tokenizer):
                 {"messages": plain[:1], "chosen": plain[1:]}, {"instruction": "Why?", "output": "other", "chosen": "So."}):
         assert finetune.conversation({**row, "rejected": "x"}, "chosen") == plain, row
     rows = finetune.conversation({"instruction": "Add.", "input": "1, 2", "output": "3"})
-    assert "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:3" in tokenizer.decode(
+    assert "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response: 3" in tokenizer.decode(
         [id for part, _ in finetune.chat_parts(tokenizer, rows) for id in part])
     tokenizer.chat_format = "world"          # has no field for the input
     assert "User: Add.\n1, 2\n\nAssistant: 3" in tokenizer.decode(
@@ -392,7 +386,7 @@ def test_accumulated_unequal_lengths_give_the_gradient_of_one_batch():
         assert len(batches) > 2 if rows_at_once == 1 else len(batches) == 1, len(batches)
         optimizer, scaler = Gradients(task.parameters(), {"lr_scale": 1.0}), torch.amp.GradScaler("cpu", enabled=False)
         mean, _, count = train.training_step(ALONE, task, optimizer, scaler, batches, 0.0, 1e9, 100)
-        assert count == sum(n**2 + 1 for n in range(1, 9))
+        assert count == sum(n**2 + 2 for n in range(1, 9))              # with the space before, the end after
         found.append((mean, optimizer.seen))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     scale = max(g.abs().max() for g in found[1][1])
@@ -629,7 +623,7 @@ def test_a_process_without_an_example_adds_nothing_to_a_measure(monkeypatch):
         task = finetune.SFT(settings, run, tokenizer, tiny("gpt"), {})
         examples = task.prepare([{"prompt": "a", "completion": word} for word in ("b", "bcd")])
         found.append(task.total(lambda batch: torch.stack(task(batch)), examples)[1])
-    assert found == [2, 4, 0]
+    assert found == [3, 5, 0]
 
 
 def test_two_processes_learn_what_one_learns(base, tmp_path):
@@ -690,8 +684,18 @@ def test_only_the_last_block_the_last_norm_and_the_head_learn(base):
         task = finetune.Classify(finetune.Settings(tune="last"), ALONE, text.Bytes(), tiny(name, layers=2), {"labels": ["a", "b"]})
         learn = {n for n, p in task.named_parameters() if p.requires_grad}
         blocks = {n for n in learn if ".1." in n}
-        assert len(learn - blocks) in (3, 4) and {"head.weight", "head.bias"} < learn and not [
+        assert len(learn - blocks) in (2, 3) and "head.weight" in learn and "head.bias" not in learn and not [
             n for n in learn if ".0." in n or "emb" in n or "wte" in n or "wpe" in n]
+
+
+def test_a_reward_gets_a_reply_without_the_space_that_a_chat_format_puts_before_it(tokenizer, monkeypatch):
+    settings = finetune.Settings(task="grpo", context=256, group=2, micro_batch=4, data=["x"], kl=0.0)
+    task, heard = finetune.GRPO(settings, ALONE, tokenizer, tiny("gpt"), {}), []
+    task.score = lambda example, completions, ended: heard.append(completions) or [0.0, 1.0]
+    monkeypatch.setattr(task.model, "generate", lambda prompts, new, on_token, **sampling: [
+        on_token(row, id) for row in range(len(prompts)) for id in (*tokenizer.encode(" 42"), tokenizer.end_id)])
+    drawn = task.draw([task.example({"prompt": "6 * 7?"})], 0)
+    assert heard == [["42", "42"]] and drawn[0]["drawn"] == 4
 
 
 def test_completions_keep_their_stop_id_and_the_probability_they_were_drawn_with(base):

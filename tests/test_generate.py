@@ -1,6 +1,11 @@
-"""The shared blocks, generate and State, on GPT and on a recurrent toy: the two kinds of memory."""
+"""The shared blocks, generate and State, on GPT and on a recurrent toy: the two kinds of memory.
+
+The toy has `generate` of each model file in turn, and with `Bounded` a state that ends.
+"""
 import json
 import math
+import sys
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,12 +14,47 @@ from safetensors.torch import load_file, save_file
 from toy import State as ToyState
 from toy import Toy, ToyConfig
 
+import train
 from gpt import GPT, GPTConfig, probabilities, sample
 
 
+class Bounded(NamedTuple):
+    """The toy's state with an end."""
+    position: torch.Tensor
+    memory: torch.Tensor
+    slots: torch.Tensor                      # (B, M): what they hold does not matter
+
+    @property
+    def capacity(self):
+        return self.slots.shape[1]
+
+
+class BoundedConfig(ToyConfig):
+    context = 40
+
+
+class BoundedToy(Toy):
+    def new_state(self, batch_size, max_tokens):
+        return Bounded(*super().new_state(batch_size, max_tokens),
+                       torch.zeros(batch_size, min(max_tokens, 40)))
+
+    def hidden(self, tokens, state=None):
+        state = self.new_state(*tokens.shape) if state is None else state
+        if int(state.position.max()) + tokens.shape[1] > state.capacity:
+            raise ValueError(f"{tokens.shape[1]} tokens do not fit: the capacity is {state.capacity}")
+        return super().hidden(tokens, state)
+
+
 def build(kind):
+    """kind: gpt; toy, whose generate is gpt's; toy-NAME or bounded-NAME with that of another file."""
     torch.manual_seed(1)
-    model = GPT(GPTConfig.sized(2, 32, 61, 40)) if kind == "gpt" else Toy(ToyConfig(vocab_size=61))
+    if kind == "gpt":
+        model = GPT(GPTConfig.sized(2, 32, 61, 40))
+    else:
+        bounded, donor = kind.startswith("bounded"), train.model_parts(kind.partition("-")[2] or "gpt")[0]
+        model = (BoundedToy if bounded else Toy)((BoundedConfig if bounded else ToyConfig)(vocab_size=61))
+        model.__class__ = type(kind, (type(model),), dict(
+            generate=donor.generate, read_prompts=donor.read_prompts))
     with torch.no_grad():                    # larger weights: peaked, varied distributions
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -22,7 +62,9 @@ def build(kind):
     return model.eval()
 
 
-both = pytest.mark.parametrize("kind", ["gpt", "toy"])
+both = pytest.mark.parametrize("kind", ["gpt", "toy", *(f"toy-{n}" for n in train.MODELS if n != "gpt")])
+bounded = pytest.mark.parametrize("kind", ["gpt", *(f"bounded-{n}" for n in train.MODELS)])
+EIGHT = pytest.mark.parametrize("name", train.MODELS)
 PROMPTS = [[3, 1, 4, 1], [5], [9, 2, 6, 5, 3, 5, 8], [9, 7], [4, 4], [2]]
 
 
@@ -107,14 +149,17 @@ def test_a_long_prompt_in_pieces_equals_one_pass(kind):
     assert int(state.position) == 1300
 
 
-def test_gpt_rows_end_when_the_context_is_full():
-    model = build("gpt")
+@bounded
+def test_rows_end_when_the_context_is_full(kind):
+    model = build(kind)
     new = model.generate([[1] * 35, [2] * 40, [3] * 3], 100, temperature=0)
     assert [len(row) for row in new] == [5, 0, 37]
 
 
-def test_the_toy_has_no_limit():
-    assert len(build("toy").generate([[1]], 300, seed=0)[0]) == 300
+@both
+def test_a_toy_has_no_limit(kind):
+    if kind != "gpt":
+        assert len(build(kind).generate([[1]], 60, seed=0)[0]) == 60
 
 
 @both
@@ -131,8 +176,7 @@ def test_the_seed_decides_the_draw(kind):
     assert torch.equal(torch.rand(1), before)                           # the global generator is untouched
 
 
-@both
-@pytest.mark.parametrize("change, words", [
+IMPOSSIBLE = [
     (dict(prompts=[]), "empty prompt"), (dict(prompts=[[1], []]), "empty prompt"),
     (dict(prompts=[[1, 61]]), "61.*0 to 60"), (dict(prompts=[[-1]]), "-1"),
     (dict(max_new_tokens=-1), "max_new_tokens.*-1"), (dict(temperature=-0.5), "temperature.*-0.5"),
@@ -144,15 +188,64 @@ def test_the_seed_decides_the_draw(kind):
     (dict(prompts=[torch.tensor([5, 9])]), "lists of ints.*tensor"),
     (dict(stop=torch.tensor(43)), "stop as an int or a list of ints.*tensor"),
     (dict(stop=torch.tensor([43, 44])), "stop as an int.*tensor"), (dict(stop="."), "stop as an int"),
-    (dict(stop=[4.0]), "stop as an int"), (dict(stop=4.0), "stop as an int")])
-def test_impossible_requests_are_one_clear_error(kind, change, words):
-    with pytest.raises(ValueError, match=words) as caught:
-        build(kind).generate(**{"prompts": [[1]], "max_new_tokens": 3, **change})
-    assert "\n" not in str(caught.value)
+    (dict(stop=[4.0]), "stop as an int"), (dict(stop=4.0), "stop as an int")]
 
 
-def test_prompts_that_do_not_fit_are_an_error_with_both_numbers():
-    model = build("gpt")
+@both
+def test_impossible_requests_are_one_clear_error(kind):
+    model = build(kind)
+    for change, words in IMPOSSIBLE:
+        with pytest.raises(ValueError, match=words) as caught:
+            model.generate(**{"prompts": [[1]], "max_new_tokens": 3, **change})
+        assert "\n" not in str(caught.value), change
+    for change in (dict(temperature=0), dict(top_k=1), dict(top_p=0), dict(top_p=1), dict(top_k=61),
+                   dict(prompts=[(0, 60)]), dict(stop=()), dict(stop={3}), dict(stop=3)):
+        model.generate(**{"prompts": [[1]], "max_new_tokens": 1, **change})
+    assert model.generate([[1], [2, 3]], 0) == [[], []]
+
+
+@both
+def test_a_seeded_draw_is_the_one_of_torch_from_the_logits_of_all_that_came_before(kind):
+    """Written out, for one prompt: a generator on the CPU, one multinomial draw a token."""
+    model, tokens = build(kind), [3, 1, 4]
+    [new] = model.generate([tokens], 12, temperature=0.7, seed=5)
+    dice = torch.Generator().manual_seed(5)
+    for token in new:
+        with torch.no_grad():
+            p = (model(torch.tensor([tokens]))[0, -1] / 0.7).softmax(-1)
+        assert token == int(torch.multinomial(p, 1, generator=dice))
+        tokens = [*tokens, token]
+    assert len(new) == 12
+
+
+@both
+def test_prompts_of_one_length_are_read_together_in_pieces_of_512(kind, monkeypatch):
+    model, shapes, asked = build(kind), [], []
+    if kind == "gpt":
+        model = GPT(GPTConfig.sized(1, 32, 61, 700)).eval()
+    forward, new_state = type(model).forward, type(model).new_state
+
+    def watched(self, tokens, state=None, last=False):
+        shapes.append((*tokens.shape, last))
+        return forward(self, tokens, state, last)
+
+    def counted(self, batch_size, max_tokens):
+        asked.append((batch_size, max_tokens))
+        return new_state(self, batch_size, max_tokens)
+    monkeypatch.setattr(type(model), "forward", watched)
+    monkeypatch.setattr(type(model), "new_state", counted)
+    model.generate([[1] * 515, [2], [3] * 515, [4]], 3, stop=())
+    assert shapes == [(2, 1, True), (2, 512, True), (2, 3, True), (4, 1, True), (4, 1, True)]
+    assert asked == [(4, 517)]               # the last token drawn is not fed
+    asked.clear()
+    model.generate([[1] * 5], 0)
+    model.generate([[1] * 5], 1)
+    assert asked == [(1, 5), (1, 5)]
+
+
+@bounded
+def test_prompts_that_do_not_fit_are_an_error_with_both_numbers(kind):
+    model = build(kind)
     with pytest.raises(ValueError, match=r"41.*40"):
         model.generate([[1] * 41], 1)
     with pytest.raises(ValueError, match=r"9 tokens.*made for 8"):
@@ -163,6 +256,24 @@ def test_prompts_that_do_not_fit_are_an_error_with_both_numbers():
     model.generate([[1] * 30], 0, state=state)
     with pytest.raises(ValueError, match=r"41.*40"):
         model.generate([[1] * 11], 1, state=state)
+
+
+@bounded
+def test_a_state_with_two_of_forty_tokens_left_takes_two_more(kind):
+    model, tokens = build(kind), [int(t) for t in torch.arange(40) * 7 % 61]
+    state = model.new_state(1, 40)
+    assert model.generate([tokens[:38]], 0, state=state) == [[]] and int(state.position) == 38
+    last = state._make(map(torch.clone, state))
+    with torch.no_grad():
+        whole = model(torch.tensor([tokens]))
+        for i in (38, 39):
+            assert_close(model(torch.tensor([[tokens[i]]]), last)[0, 0], whole[0, i], 1e-5, f"token {i}")
+        with pytest.raises(ValueError, match="40"):
+            model(torch.tensor([[1]]), last)
+    [new] = model.generate([[tokens[38]]], 9, state=state, temperature=0, stop=())
+    assert new == [int(whole[0, 38].argmax())] and int(state.position) == 39
+    assert model.generate([[tokens[39]]], 9, state=state, temperature=0, stop=()) == [[]]
+    assert int(state.position) == 40
 
 
 def test_broken_weights_are_an_error_not_nonsense():
@@ -193,6 +304,61 @@ def test_top_k_keeps_what_nanogpt_keeps(golden):
     for case, logits, possible in cases(golden, "top_k"):
         kept = probabilities(logits, 1.0, case["top_k"], None)[0].nonzero()[:, 0]
         assert set(kept.tolist()) == set(case["kept_nanogpt"]) & possible, case
+
+
+def of(name):
+    """The module of a model, where `probabilities` and `sample` stand."""
+    return sys.modules[train.model_parts(name)[0].__module__]
+
+
+E = math.e
+KEPT = (         # logits, temperature, top_k, top_p: sampling probabilities, not yet summing to 1
+    ([0, 2, 1], 1, None, 0.5, [0, E**2, 0], 1 + E + E**2),              # an order of three, not of two
+    ([0, 2, 1], 1, None, 0.8, [0, E**2, E], 1 + E + E**2), ([1, 0, 2], 1, None, 0.8, [E, 0, E**2], 1 + E + E**2),
+    ([0, 2, 1], 1, None, 0.0, [0, E**2, 0], 1 + E + E**2), ([0, 2, 1], 1, None, 1.0, [1, E**2, E], 1 + E + E**2),
+    ([0, 2, 1], 1, None, None, [1, E**2, E], 1 + E + E**2), ([0, 4, 2], 2, None, None, [1, E**2, E], 1 + E + E**2),
+    ([0, 2, 1], 1, 1, None, [0, 1, 0], 1), ([0, 2, 1], 1, 2, None, [0, E, 1], 1 + E),
+    ([0, 2, 1], 1, 3, None, [1, E**2, E], 1 + E + E**2), ([0, 2, 1], 1, 9, None, [1, E**2, E], 1 + E + E**2),
+    ([1, 2, 2, 1], 1, 1, None, [0, 1, 1, 0], 2), ([1, 2, 2, 1], 1, 3, None, [1, E, E, 1], 2 + 2 * E),
+    ([0, 4, 2], 2, 2, 0.7, [0, E, 0], 1 + E), ([0, 0, 0, 0], 1, None, 0.5, [1, 1, 1, 0], 4),
+    ([0, 0, 0, 0], 1, None, 0.49, [1, 1, 0, 0], 4))                     # ties: the first of them
+
+
+@EIGHT
+def test_every_file_keeps_the_tokens_that_temperature_top_k_and_top_p_say(name):
+    for logits, temperature, top_k, top_p, weights, total in KEPT:
+        two = torch.tensor([logits, logits[::-1]], dtype=torch.float32)
+        got = of(name).probabilities(two, temperature, top_k, top_p)
+        want = torch.tensor(weights, dtype=torch.float32) / total
+        assert_close(got[0], want, 1e-6, f"{logits} {temperature} {top_k} {top_p}")
+        if len({*logits}) == len(logits):
+            assert_close(got[1], want.flip(0), 1e-6, "the second row, reversed")
+    logits = torch.randn(2, 3000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(of(name).probabilities(logits, 0.8, 200, 0.9), probabilities(logits, 0.8, 200, 0.9))
+    falling, order = logits.softmax(-1).sort(descending=True, stable=True)
+    for top_p in (0.3, 0.9, 0.9999):
+        want = falling.masked_fill(falling.cumsum(-1) - falling > top_p, 0.0)
+        assert torch.equal(of(name).probabilities(logits, 1.0, None, top_p).gather(-1, order), want)
+
+
+@EIGHT
+def test_every_file_draws_in_fp32_on_the_seed_and_refuses_broken_logits(name):
+    sample = of(name).sample
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(sample(logits, 0, None, None, None), logits.argmax(-1))
+    for temperature, top_k, top_p in ((1.0, None, None), (0.7, 9, None), (1.3, None, 0.8)):
+        want = torch.multinomial(probabilities(logits.float(), temperature, top_k, top_p), 1,
+                                 generator=torch.Generator().manual_seed(3))[:, 0]
+        got = sample(logits, temperature, top_k, top_p, torch.Generator().manual_seed(3))
+        assert torch.equal(got, want) and got.dtype == torch.int64
+    for bad in (math.nan, math.inf):
+        broken = logits.clone()
+        broken[1, 7] = bad
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            sample(broken, 0, None, None, None)
+    banned = logits.float().clone()
+    banned[:, 1:] = -math.inf
+    assert sample(banned, 1.0, None, None, torch.Generator()).tolist() == [0, 0, 0]
 
 
 def test_one_stop_token_is_given_as_it_is_or_in_a_list():

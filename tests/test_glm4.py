@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import glm4
-from glm4 import (GLM4, SIZES, GLM4Config, State, dequantised, inverse_frequency, read_tensors,
+from glm4 import (GLM4, SIZES, GLM4Config, State, dequantised, inverse_frequency,
                   to_config, to_ours)
 from train import load_checkpoint
 
@@ -142,7 +142,7 @@ def test_the_two_layouts_of_one_model_hold_the_same_tensors(load):
 def test_the_weights_put_together_for_these_tests_are_the_converted_ones(golden):
     """By digest: the file itself would be the weights of glm4 again."""
     [(file, told)] = json.loads((golden / "glm4_hf/digests.json").read_text()).items()
-    assert digest(dict(read_tensors(golden / "glm4_hf" / file))) == told
+    assert digest(load_file(golden / "glm4_hf" / file)) == told
 
 
 def test_the_wrong_base_of_published_hf_configs_can_be_overridden(golden, load, tmp_path):
@@ -267,6 +267,38 @@ def test_other_partial_rotary_factors_equal_transformers(tmp_path, factor):
 
 # --- precisions ---
 
+def test_the_norms_in_bf16_round_once_bit_for_bit():
+    """In fp32 with the weight, and then rounded, as theirs: Llama's rounds before the weight."""
+    for sandwich in (False, True):
+        model = small(rms_norm_eps=1e-3, sandwich_norms=sandwich).bfloat16()
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.RMSNorm)]
+        assert len(norms) == (9 if sandwich else 5) and {norm.eps for norm in norms} == {1e-3}
+        for norm in norms:
+            norm.weight.data.normal_()
+            x = torch.randn(3, 7, 32).bfloat16()
+            normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-3)
+            assert torch.equal(norm(x), (norm.weight.float() * normed).bfloat16())
+            assert not torch.equal(norm(x), normed.bfloat16() * norm.weight)
+
+
+def test_angles_at_position_1000_are_exact_with_bf16_weights():
+    model, seen = small(max_position_embeddings=1200).bfloat16(), []
+    model.model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    state = model.new_state(2, 1003)
+    state.position.copy_(torch.tensor([1000, 7]))
+    with torch.no_grad():
+        model(torch.zeros(2, 3, dtype=torch.int64), state)
+    [(cos, sin)] = seen
+    angles = torch.tensor([[1000, 1001, 1002], [7, 8, 9]])[:, None, :, None] * inverse_frequency(model.config)
+    assert torch.equal(cos, angles.cos()) and torch.equal(sin, angles.sin())
+    assert cos.shape == (2, 1, 3, model.config.head_dim // 4) and cos.dtype == torch.float32
+    R, x = model.config.head_dim // 2, torch.randn(2, 5, 3, model.config.head_dim).bfloat16()
+    a, b = x.double()[..., 0:R:2], x.double()[..., 1:R:2]
+    exact = torch.stack((a * cos.double() - b * sin.double(), a * sin.double() + b * cos.double()), -1).flatten(-2)
+    got = glm4.rotate(x, cos, sin)
+    assert got.dtype == torch.bfloat16 and torch.equal(got[..., R:], x[..., R:])
+    assert (got[..., :R].double() - exact).abs().max() <= exact.abs().max() / 256
+
 def test_half_precision_stays_near_fp32(load):
     model, expected = load("glm4")
     tokens = expected["tokens"]
@@ -319,6 +351,28 @@ def test_published_sizes_have_the_published_number_of_parameters(name, count, te
     assert (sum(p.numel() for p in parameters), len(parameters)) == (count, tensors)
 
 
+def test_fields_that_an_original_config_leaves_out_have_the_defaults_of_its_code():
+    """Those that the published files state are all needed: their code has no useful defaults for them."""
+    least = dict(model_type="chatglm", padded_vocab_size=50, ffn_hidden_size=11, num_layers=3, multi_query_group_num=2,
+                 kv_channels=8, seq_length=40, layernorm_epsilon=1e-5, hidden_size=32, num_attention_heads=4)
+    plain = GLM4Config(40, 32, 3, 4, 2, 8, 11, 50, 1e-5, attention_bias=False)
+    for stated, changes in (
+            (dict(add_qkv_bias=False), {}), (dict(add_qkv_bias=True), dict(attention_bias=True)), ({}, {}),
+            (dict(rope_ratio=50), dict(rope_theta=500000.0)), (dict(rope_ratio=None), {}),
+            (dict(eos_token_id=[1, 2], pad_token_id=3), dict(eos_token_id=[1, 2], pad_token_id=3)),
+            (dict(tie_word_embeddings=True), dict(tie_word_embeddings=True)), (dict(pre_seq_len=None), {})):
+        assert to_config({**least, **stated}) == replace(plain, **changes), stated
+    for name in least:
+        if name not in ("hidden_size", "num_attention_heads"):
+            with pytest.raises(KeyError):
+                to_config({key: value for key, value in least.items() if key != name})
+    for kind in ("glm", "glm4"):
+        assert to_config(dict(model_type=kind)) == GLM4Config(sandwich_norms=kind == "glm4")
+        assert to_config(dict(model_type=kind, rope_theta=7.0, rope_parameters=dict(
+            rope_theta=8.0, partial_rotary_factor=1.0))) == GLM4Config(
+                sandwich_norms=kind == "glm4", rope_theta=8.0, partial_rotary_factor=1.0)
+
+
 def test_fields_that_a_config_leaves_out_have_the_defaults_of_transformers():
     transformers = pytest.importorskip("transformers")
     for theirs in (transformers.GlmConfig(), transformers.Glm4Config()):
@@ -329,12 +383,31 @@ def test_fields_that_a_config_leaves_out_have_the_defaults_of_transformers():
 
 
 def test_the_sizes_state_what_the_model_cards_state():
+    shape = {name: (c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads,
+                    c.intermediate_size, c.vocab_size, c.attention_bias, c.sandwich_norms) for name, c in SIZES.items()}
+    glm4_9b = (4096, 40, 32, 2, 13696, 151552, True, False)
+    assert shape == {
+        **dict.fromkeys(("chatglm3-6b", "chatglm3-6b-32k"), (4096, 28, 32, 2, 13696, 65024, True, False)),
+        **dict.fromkeys(("glm-4-9b", "glm-4-9b-chat"), glm4_9b),
+        "glm-4-9b-chat-1m": (4096, 40, 32, 4, 13696, 151552, True, False), "glm-4-9b-0414": (*glm4_9b[:-1], True),
+        "glm-4-32b-0414": (6144, 61, 48, 2, 23040, 151552, False, True)}
+    for name, c in SIZES.items():
+        assert (c.head_dim, c.partial_rotary_factor, c.tie_word_embeddings, c.bos_token_id) == (128, 0.5, False, None)
+        assert (c.eos_token_id, c.pad_token_id) == (
+            (2, 0) if name.startswith("chatglm3") else ([151329, 151336, 151338], 151329))
     told = {name: (c.context, c.rope_theta, c.rms_norm_eps) for name, c in SIZES.items()}
     assert told == {
         "chatglm3-6b": (8192, 1e4, 1e-5), "chatglm3-6b-32k": (32768, 5e5, 1e-5),
         "glm-4-9b": (8192, 1e4, 1.5625e-07), "glm-4-9b-chat": (131072, 5e6, 1.5625e-07),
         "glm-4-9b-chat-1m": (1048576, 1e8, 1.5625e-07), "glm-4-9b-0414": (32768, 1e4, 1e-5),
         "glm-4-32b-0414": (32768, 1e4, 1e-5)}
+
+
+@pytest.mark.parametrize("width, heads, size, wide", [
+    (8, 2, 4, 32), (32, 2, 16, 96), (96, 2, 48, 320), (128, 2, 64, 416), (384, 4, 96, 1280), (1000, 8, 124, 3328),
+    (4096, 32, 128, 13696)])
+def test_sized_has_the_proportions_of_9b(width, heads, size, wide):
+    assert GLM4Config.sized(3, width, 99, 50) == GLM4Config(50, width, 3, heads, 2, size, wide, 99)
 
 
 @pytest.mark.parametrize("width", (8, 30, 32, 96, 128, 384, 1000, 4096, 6144))
@@ -374,7 +447,8 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay():
 @pytest.mark.parametrize("field, value", [
     ("vocab_size", 0), ("num_hidden_layers", -1), ("num_attention_heads", 5), ("hidden_size", 0),
     ("head_dim", 6), ("partial_rotary_factor", 1.5), ("partial_rotary_factor", 0.0),
-    ("rms_norm_eps", -1.0), ("rope_theta", float("nan"))])
+    ("rms_norm_eps", -1.0), ("rope_theta", float("nan")), ("rope_theta", float("inf")),
+    ("num_key_value_heads", 0), ("intermediate_size", 0), ("max_position_embeddings", 0)])
 def test_an_impossible_config_names_the_field(field, value):
     named = "partial_rotary_factor" if field == "head_dim" else field
     with pytest.raises(ValueError, match=named):
@@ -418,6 +492,15 @@ def test_gradients_with_a_state_are_those_of_the_piece_alone():
     assert got[tokens[:, 6:].flatten()].abs().sum(-1).min() > 0         # the piece's own ids
     assert not got[tokens[:, :6].flatten()].any()                       # those of the past
     assert model.model.layers[0].self_attn.k_proj.weight.grad.any()
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()                        # one pass, in which nothing flows into the past's q, k, v
+    hooks = [getattr(block.self_attn, f"{x}_proj").register_forward_hook(lambda module, inputs, out: torch.cat(
+        [out[:, :6].detach(), out[:, 6:]], 1)) for block in model.model.layers for x in "qkv"]
+    model(tokens)[:, 6:].square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert_close(got[name], parameter.grad, 1e-4, name)
+    for hook in hooks:
+        hook.remove()
     with torch.no_grad():
         full = model(tokens)
     assert_close(model(tokens[:, 6:], before), full[:, 6:], 1e-5, "logits")
@@ -454,6 +537,23 @@ def test_greedy_generation_equals_recomputing_everything():
 
 
 # --- reading and writing ---
+
+@pytest.mark.parametrize("sandwich", [False, True])
+def test_what_is_written_states_the_model_in_the_words_of_transformers(tmp_path, sandwich):
+    from safetensors import safe_open
+    config = GLM4Config(9, 8, 1, 2, 1, 4, 5, 7, 1e-4, 77.0, 0.5, not sandwich, sandwich, sandwich, 1, [2, 3], 4)
+    GLM4(config).bfloat16().save_pretrained(tmp_path)
+    kind = "Glm4" if sandwich else "Glm"
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "architectures": [f"{kind}ForCausalLM"], "model_type": kind.lower(), "hidden_act": "silu",
+        "torch_dtype": "bfloat16", "max_position_embeddings": 9, "hidden_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 5, "vocab_size": 7,
+        "rms_norm_eps": 1e-4, "rope_theta": 77.0, "partial_rotary_factor": 0.5, "attention_bias": not sandwich,
+        "sandwich_norms": sandwich, "tie_word_embeddings": sandwich, "bos_token_id": 1, "eos_token_id": [2, 3],
+        "pad_token_id": 4}
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as content:
+        assert content.metadata() == {"format": "pt"}
+        assert ("lm_head.weight" in content.keys()) != sandwich
 
 @every_set
 def test_save_then_load_gives_the_same_bits_and_config(load, name, tmp_path):
@@ -514,7 +614,7 @@ def test_rope_parameters_win_over_flat_fields_and_a_scaled_rope_is_refused(golde
 def test_bin_shards_in_the_original_layout_load(golden, load, tmp_path):
     """As ChatGLM3 was first published; the dead rotary buffer may have any values."""
     folder = edited(golden, "chatglm3", tmp_path / "copy")
-    tensors = dict(read_tensors(folder))
+    tensors = load_file(folder / "model.safetensors")
     tensors["transformer.rotary_pos_emb.inv_freq"] = torch.full((4,), torch.nan).half()
     names = sorted(tensors)
     places = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
@@ -566,7 +666,7 @@ def test_a_head_of_its_own_wins_where_the_config_says_tied(golden, load, tmp_pat
 # --- ChatGLM3's own quantisation ---
 
 def test_int8_and_int4_weights_are_those_of_the_official_code(golden):
-    stored = dict(read_tensors(golden / "chatglm_quant/quant.safetensors"))
+    stored = load_file(golden / "chatglm_quant/quant.safetensors")
     for bits, key in ((8, "int8.weight"), (4, "int4.weight_packed")):
         scale = ("x.weight_scale", stored[f"int{bits}.weight_scale"])
         for pair in ([("x.weight", stored[key]), scale], [scale, ("x.weight", stored[key])]):
@@ -591,7 +691,8 @@ def test_quantised_checkpoints_of_chatglm3_load(golden, tmp_path, bits):
             tensors[f"{name}_scale"] = scale
     save_file(tensors, folder / "model.safetensors")
     model = GLM4.from_pretrained(folder)
-    for name, tensor in to_ours(worth.items(), model.config):
+    read = {name.removeprefix("transformer."): tensor for name, tensor in worth.items()}     # as read_tensors
+    for name, tensor in to_ours(read.items(), model.config):
         assert torch.equal(model.state_dict()[name], tensor), name
     name = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"
     save_file({**tensors, f"{name}_scale": torch.ones(3)}, folder / "model.safetensors")

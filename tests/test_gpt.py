@@ -9,7 +9,7 @@ import torch
 from helpers import (assert_close, assert_gradient, continuation, cross_entropy, published, run)
 from safetensors.torch import load_file, save_file
 
-from gpt import GPT, SIZES, GPTConfig, State, read_tensors
+from gpt import GPT, SIZES, GPTConfig, State, read_hugging_face, read_nanogpt, read_tensors, to_ours
 from train import load_checkpoint
 
 LAYOUTS = ("gpt2", "gpt2/prefixed", "gpt2/bin")
@@ -98,6 +98,45 @@ def test_published_sizes_have_the_published_number_of_parameters(name, count):
         assert sum(p.numel() for p in GPT(SIZES[name]).parameters()) == count
 
 
+def test_the_sizes_state_what_the_published_configs_state():
+    told = {name: (c.n_embd, c.n_layer, c.n_head, c.n_inner) for name, c in SIZES.items()}
+    assert told == {"gpt2": (768, 12, 12, 3072), "gpt2-medium": (1024, 24, 16, 4096),
+                    "gpt2-large": (1280, 36, 20, 5120), "gpt2-xl": (1600, 48, 25, 6400)}
+    for c in SIZES.values():
+        assert (c.vocab_size, c.n_positions, c.bos_token_id, c.eos_token_id) == (50257, 1024, 50256, 50256)
+        assert (c.embd_pdrop, c.attn_pdrop, c.resid_pdrop) == (0.1, 0.1, 0.1)
+        assert c.layer_norm_epsilon == 1e-5 and c.activation_function == "gelu_new"
+        assert c.pad_token_id is None and c.bias and c.tie_word_embeddings
+
+
+def test_fields_that_a_config_leaves_out_have_the_defaults_of_transformers(tmp_path):
+    """But for dropout, which is off unless it is asked for."""
+    for stated, changes in (
+            ({}, {}), ({"n_layer": None, "n_inner": None}, {}), ({"n_inner": 7}, {"n_inner": 7}),
+            ({"n_embd": 48}, {"n_embd": 48, "n_inner": 192}), ({"n_head": 3}, {"n_head": 3})):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **stated}))
+        plain = replace(SIZES["gpt2"], embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+                        bos_token_id=None, eos_token_id=None)
+        assert read_hugging_face(tmp_path)[0] == replace(plain, **changes), stated
+        assert read_hugging_face(tmp_path / "model.safetensors")[0] == replace(plain, **changes)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("model_type", "gptj"), ("scale_attn_weights", False), ("scale_attn_by_inverse_layer_idx", True),
+    ("reorder_and_upcast_attn", True), ("add_cross_attention", True)])
+def test_a_config_of_other_mathematics_is_refused_by_name(name, value, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", name: value}))
+    with pytest.raises(ValueError, match=f"{name} = {value!r}"):
+        read_hugging_face(tmp_path)
+
+
+@pytest.mark.parametrize("width, heads", [
+    (1, 1), (32, 1), (64, 1), (127, 1), (128, 2), (130, 2), (192, 3), (250, 2), (256, 4), (768, 12),
+    (1600, 25)])
+def test_sized_has_heads_of_about_64_channels_and_an_mlp_four_times_as_wide(width, heads):
+    assert GPTConfig.sized(3, width, 99, 50) == GPTConfig(99, 50, width, 3, heads, n_inner=4 * width)
+
+
 def test_initial_values_are_those_of_the_authors():
     torch.manual_seed(0)
     model = GPT(GPTConfig.sized(8, 128, 512, 256))
@@ -127,10 +166,32 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay():
 
 @pytest.mark.parametrize("field, value", [
     ("vocab_size", 0), ("n_layer", -1), ("n_head", 5), ("activation_function", "relu"),
-    ("resid_pdrop", 1.5), ("layer_norm_epsilon", -1.0)])
+    ("resid_pdrop", 1.5), ("layer_norm_epsilon", -1.0), ("n_positions", 0), ("n_embd", 0),
+    ("n_head", 0), ("n_inner", 0), ("embd_pdrop", 1.0), ("attn_pdrop", -0.1),
+    ("layer_norm_epsilon", 1.0)])
 def test_an_impossible_config_names_the_field(field, value):
     with pytest.raises(ValueError, match=field):
         replace(GPTConfig.sized(2, 32, 61, 40), **{field: value})
+
+
+def test_each_dropout_stands_where_it_should_and_acts_by_itself():
+    """At a rate of almost 1 nothing passes: what then is left shows the place."""
+    tokens, all_of_it = torch.arange(12)[None], 1 - 1e-15
+    with torch.no_grad():
+        plain = small(embd_pdrop=all_of_it).train()
+        assert torch.equal(plain.hidden(tokens)[0, 0], plain.hidden(tokens.flip(1))[0, 0])
+        assert not torch.equal(plain.hidden(tokens), small().hidden(tokens))
+        model = small(resid_pdrop=all_of_it).train()                    # neither half of a block adds
+        x = model.wte(tokens) + model.wpe(torch.arange(12))
+        assert torch.equal(model.hidden(tokens), model.ln_f(x))
+        model, silent = small(attn_pdrop=all_of_it).train(), small()
+        for block in silent.h:
+            block.attn.c_attn.weight[64:].zero_()                       # all values are 0
+        assert_close(model.hidden(tokens), silent.hidden(tokens), 1e-6, "no attention")
+        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+            model, two = small(**{name: 0.3}), tokens.expand(2, -1)
+            assert torch.equal(*model.hidden(two)), name
+            assert not torch.equal(*model.train().hidden(two)), name
 
 
 def test_dropout_acts_in_training_only():
@@ -139,6 +200,25 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(tokens), model(tokens))
     model.train()
     assert not torch.equal(model(tokens), model(tokens))
+
+
+def test_gelu_has_the_tanh_form_under_both_of_its_names_and_the_exact_form():
+    x = torch.linspace(-5, 5, 101, dtype=torch.float64)
+    exact = x * (1 + torch.erf(x / 2**0.5)) / 2
+    tanh = x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    for name, want in (("gelu_new", tanh), ("gelu_pytorch_tanh", tanh), ("gelu", exact)):
+        assert_close(small(activation_function=name).h[0].mlp.gelu(x), want, 1e-12, name)
+
+
+def test_the_layer_norms_have_the_eps_and_the_bias_of_the_config():
+    for eps, bias in ((1e-5, True), (0.5, False)):
+        model = small(layer_norm_epsilon=eps, bias=bias)
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+        assert len(norms) == 5 and {norm.eps for norm in norms} == {eps}
+        assert {name.endswith("bias") for name, _ in model.named_parameters()} == {False, bias}
+        x = torch.randn(3, 32)
+        wide = (x - x.mean(-1, True)) / (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
+        assert_close(norms[-1](x), wide, 1e-6, "LN")
 
 
 # --- the state ---
@@ -163,6 +243,14 @@ def test_gradients_with_a_state_are_those_of_the_piece_alone():
     model(tokens[:, 6:], state).square().sum().backward()
     got = {name: p.grad.clone() for name, p in model.named_parameters()}
     assert got["h.0.attn.c_attn.weight"].abs().sum() > 0
+    model.zero_grad()                        # one pass, in which nothing flows into the past's q, k, v
+    hooks = [block.attn.c_attn.register_forward_hook(lambda module, inputs, out: torch.cat(
+        [out[:, :6].detach(), out[:, 6:]], 1)) for block in model.h]
+    model(tokens)[:, 6:].square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert_close(got[name], parameter.grad, 1e-4, name)
+    for hook in hooks:
+        hook.remove()
     model.zero_grad()
     with torch.no_grad():
         full = model(tokens)
@@ -224,6 +312,57 @@ def test_saved_models_open_in_transformers_to_the_same_logits(golden, tmp_path):
         theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "copy").eval()
         tokens = torch.arange(20)[None]
         assert_close(model(tokens), theirs(tokens).logits, 1e-5, source)
+
+
+def test_what_is_written_states_the_model_in_the_words_of_transformers(tmp_path):
+    from safetensors import safe_open
+    config = GPTConfig(7, 6, 4, 1, 2, 5, bias=False, bos_token_id=1, eos_token_id=[2, 3])
+    GPT(config).bfloat16().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "torch_dtype": "bfloat16",
+        "vocab_size": 7, "n_positions": 6, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_inner": 5,
+        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "bias": True,
+        "tie_word_embeddings": True, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
+        "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None}
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as content:
+        assert content.metadata() == {"format": "pt"}
+        shapes = {name: content.get_slice(name).get_shape() for name in content.keys()}
+        assert not content.get_tensor("h.0.ln_1.bias").any()            # written, as 0
+    assert shapes == {
+        "wte.weight": [7, 4], "wpe.weight": [6, 4], "ln_f.weight": [4], "ln_f.bias": [4],
+        **{f"h.0.ln_{i}.{kind}": [4] for i in (1, 2) for kind in ("weight", "bias")},
+        "h.0.attn.c_attn.weight": [4, 12], "h.0.attn.c_attn.bias": [12],
+        "h.0.attn.c_proj.weight": [4, 4], "h.0.attn.c_proj.bias": [4],
+        "h.0.mlp.c_fc.weight": [4, 5], "h.0.mlp.c_fc.bias": [5],
+        "h.0.mlp.c_proj.weight": [5, 4], "h.0.mlp.c_proj.bias": [4]}
+
+
+def test_nanogpt_states_sizes_and_dropout_and_its_version_the_gelu(tmp_path):
+    model = small(activation_function="gelu", n_inner=128)
+    stated = dict(n_layer=2, n_head=1, n_embd=32, block_size=40)
+    for more, changes in (
+            (dict(bias=True, dropout=0.2, vocab_size=61), dict(embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.2)),
+            (dict(bias=True, vocab_size=61), {}), (dict(bias=True), {}),
+            (dict(vocab_size=61), dict(activation_function="gelu_new"))):
+        tensors = {f"_orig_mod.transformer.{n}": t for n, t in model.state_dict().items()}
+        torch.save({"model": tensors, "model_args": {**stated, **more}}, tmp_path / "ckpt.pt")
+        config, found = read_nanogpt(tmp_path / "ckpt.pt")
+        assert config == replace(model.config, **changes), more
+        assert all(torch.equal(t, model.state_dict()[n]) for n, t in found)
+        assert GPT.from_pretrained(tmp_path).config == config
+
+
+def test_buffers_of_masks_are_left_out_and_matrices_of_blocks_are_turned():
+    stored = {"transformer.h.0.attn.bias": torch.ones(1, 1, 3, 3), "h.0.attn.masked_bias": torch.tensor(0.),
+              "h.0.attn.c_attn.bias": torch.ones(6), "h.0.attn.c_attn.weight": torch.rand(2, 6),
+              "wte.weight": torch.rand(5, 2)}
+    for transposed in (True, False):
+        found = dict(to_ours(stored.items(), transposed))
+        assert [*found] == ["h.0.attn.c_attn.bias", "h.0.attn.c_attn.weight", "wte.weight"]
+        want = stored["h.0.attn.c_attn.weight"]
+        assert torch.equal(found["h.0.attn.c_attn.weight"], want.t() if transposed else want)
+        assert all(t.is_contiguous() for t in found.values())
+        assert found["wte.weight"] is stored["wte.weight"]
 
 
 def test_overrides_change_the_config_and_unknown_ones_are_refused(golden):

@@ -11,7 +11,8 @@ from helpers import (assert_close, assert_gradient, continuation, cross_entropy,
                      published, run)
 from safetensors.torch import load_file, save_file
 
-from llama3 import META, SIZES, Llama3, Llama3Config, State, inverse_frequency
+from llama3 import (META, SIZES, Llama3, Llama3Config, RMSNorm, State, from_hugging_face, inverse_frequency,
+                    rotate)
 from train import load_checkpoint
 
 HF = ("llama3_hf", "llama31_hf", "llama32_hf")
@@ -221,6 +222,64 @@ def test_published_sizes_have_the_published_number_of_parameters(name, count):
     assert model.config.context == (8192 if name.startswith("llama3-") else 131072)
 
 
+def test_the_sizes_state_what_the_published_configs_state():
+    told = {name: (c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
+                   c.intermediate_size, c.rope_factor, c.tie_word_embeddings) for name, c in SIZES.items()}
+    assert told == {
+        "llama3-8b": (4096, 32, 32, 8, 128, 14336, 1, False), "llama3-70b": (8192, 80, 64, 8, 128, 28672, 1, False),
+        "llama3.1-8b": (4096, 32, 32, 8, 128, 14336, 8, False),
+        "llama3.1-70b": (8192, 80, 64, 8, 128, 28672, 8, False),
+        "llama3.1-405b": (16384, 126, 128, 8, 128, 53248, 8, False),
+        "llama3.2-1b": (2048, 16, 32, 8, 64, 8192, 32, True), "llama3.2-3b": (3072, 28, 24, 8, 128, 8192, 32, True)}
+    for c in SIZES.values():
+        assert (c.vocab_size, c.rms_norm_eps, c.rope_theta) == (128256, 1e-5, 500000.0)
+        assert (c.rope_low_freq_factor, c.rope_high_freq_factor) == (1.0, 4.0)
+        assert c.rope_original_max_position_embeddings == 8192
+        assert (c.bos_token_id, c.eos_token_id, c.pad_token_id) == (128000, 128001, None)
+    assert replace(Llama3Config(), bos_token_id=128000, eos_token_id=128001) == SIZES["llama3-8b"]
+
+
+def test_fields_that_a_config_leaves_out_have_the_defaults_of_transformers():
+    least = dict(model_type="llama", hidden_size=96, num_attention_heads=6, num_hidden_layers=3, intermediate_size=11,
+                 vocab_size=50)
+    plain = Llama3Config(2048, 96, 3, 6, 6, 16, 11, 50, rms_norm_eps=1e-6, rope_theta=10000.0)
+    scaled = dict(factor=4.0, low_freq_factor=2.0, high_freq_factor=3.0, original_max_position_embeddings=77)
+    as_ours = {f"rope_{name}": value for name, value in scaled.items()}
+    for stated, changes in (
+            ({}, {}), (dict(head_dim=None, rope_scaling=None), {}), (dict(head_dim=8), dict(head_dim=8)),
+            (dict(num_key_value_heads=2, rms_norm_eps=1e-5), dict(num_key_value_heads=2, rms_norm_eps=1e-5)),
+            (dict(rope_theta=7.0, max_position_embeddings=9), dict(rope_theta=7.0, max_position_embeddings=9)),
+            (dict(rope_parameters=dict(rope_theta=7.0, rope_type="default")), dict(rope_theta=7.0)),
+            (dict(rope_scaling=dict(rope_type="llama3", **scaled)), as_ours),
+            (dict(rope_scaling=dict(type="llama3", **scaled)), as_ours),
+            (dict(tie_word_embeddings=True, eos_token_id=[3, 4]), dict(tie_word_embeddings=True, eos_token_id=[3, 4])),
+            (dict(hidden_act="silu", attention_bias=False, partial_rotary_factor=1.0), {})):
+        assert from_hugging_face({**least, **stated}) == replace(plain, **changes), stated
+
+
+@pytest.mark.parametrize("stated, changes", [
+    ({}, {}), (dict(norm_eps=1e-6), dict(rms_norm_eps=1e-6)), (dict(rope_theta=7.0), dict(rope_theta=7.0)),
+    (dict(vocab_size=-1), dict(rope_theta=10000.0)), (dict(multiple_of=256, ffn_dim_multiplier=1.3), {}),
+    (dict(n_kv_heads=None), dict(num_key_value_heads=4))])
+def test_fields_that_params_json_leaves_out_have_the_defaults_of_metas_code(stated, changes, tmp_path):
+    config = Llama3Config(8192, 16, 1, 4, 2, 4, 10, 32, 1e-5, 500000.0)
+    if "n_kv_heads" in stated:
+        config = replace(config, num_key_value_heads=4)
+    write_meta(Llama3(config), tmp_path)
+    params = {**dict(dim=16, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=32), **stated}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    assert Llama3.from_pretrained(tmp_path).config == replace(config, **changes)
+
+
+@pytest.mark.parametrize("width, heads, shared, size, wide", [
+    (2, 1, 1, 2, 32), (32, 1, 1, 32, 128), (64, 1, 1, 64, 224), (128, 2, 1, 64, 448), (256, 4, 1, 64, 896),
+    (320, 5, 5, 64, 1120), (384, 6, 2, 64, 1344), (512, 8, 2, 64, 1792), (3008, 47, 47, 64, 10528),
+    (3072, 24, 6, 128, 10752), (4096, 32, 8, 128, 14336)])
+def test_sized_has_the_proportions_of_8b(width, heads, shared, size, wide):
+    assert Llama3Config.sized(3, width, 99, 50) == Llama3Config(
+        50, width, 3, heads, shared, size, wide, 99, tie_word_embeddings=width < 4096)
+
+
 def test_every_size_is_listed_and_sized_has_their_proportions():
     assert set(SIZES) == {"llama3-8b", "llama3-70b", "llama3.1-8b", "llama3.1-70b", "llama3.1-405b",
                           "llama3.2-1b", "llama3.2-3b"}
@@ -263,7 +322,8 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay():
 @pytest.mark.parametrize("field, value", [
     ("vocab_size", 0), ("num_hidden_layers", -1), ("num_key_value_heads", 3), ("hidden_size", 0),
     ("head_dim", 7), ("rope_theta", 0.0), ("rms_norm_eps", float("nan")), ("rope_factor", 0.0),
-    ("rope_high_freq_factor", 1.0), ("intermediate_size", 0)])
+    ("rope_high_freq_factor", 1.0), ("intermediate_size", 0), ("rope_theta", float("inf")),
+    ("max_position_embeddings", 0), ("num_attention_heads", 0), ("rope_low_freq_factor", 4.0)])
 def test_an_impossible_config_names_the_field(field, value):
     with pytest.raises(ValueError, match=field):
         replace(Llama3Config.sized(2, 512, 61, 40), **{field: value})
@@ -296,6 +356,15 @@ def test_gradients_with_a_state_are_those_of_the_piece_alone():
     before = State(*map(torch.clone, state))
     model(tokens[:, 6:], state).square().sum().backward()
     assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()                        # one pass, in which nothing flows into the past's q, k, v
+    hooks = [getattr(block.self_attn, f"{x}_proj").register_forward_hook(lambda module, inputs, out: torch.cat(
+        [out[:, :6].detach(), out[:, 6:]], 1)) for block in model.model.layers for x in "qkv"]
+    model(tokens)[:, 6:].square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert_close(got[name], parameter.grad, 1e-4, name)
+    for hook in hooks:
+        hook.remove()
     with torch.no_grad():
         full = model(tokens)
     assert_close(model(tokens[:, 6:], before), full[:, 6:], 1e-5, "logits")
@@ -357,6 +426,39 @@ def test_going_on_from_a_state_equals_one_long_prompt():
 
 
 # --- precisions and compilation ---
+
+def test_the_norm_in_bf16_is_metas_formula_bit_for_bit():
+    """Normed in fp32, rounded, and then multiplied by the weight: torch's own rounds once, at the end."""
+    torch.manual_seed(0)
+    for eps, scale in ((1e-5, 1.0), (1e-5, 1e-3), (0.1, 0.3)):
+        norm, x = RMSNorm(64, eps).bfloat16(), (torch.randn(3, 7, 64) * scale).bfloat16()
+        norm.weight.data.normal_()
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        assert torch.equal(norm(x), normed.type_as(x) * norm.weight)
+        assert not torch.equal(norm(x), (normed * norm.weight.float()).bfloat16())
+        assert norm(x).dtype == torch.bfloat16
+    model = small(rms_norm_eps=0.25)
+    assert [module.eps for module in model.modules() if isinstance(module, RMSNorm)] == [0.25] * 5
+
+
+def test_angles_at_position_1000_are_exact_with_bf16_weights():
+    model, seen = small(max_position_embeddings=1200).bfloat16(), []
+    model.model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    state = model.new_state(2, 1003)
+    state.position.copy_(torch.tensor([1000, 7]))
+    with torch.no_grad():
+        model(torch.zeros(2, 3, dtype=torch.int64), state)
+    [(cos, sin)] = seen
+    angles = torch.tensor([[1000, 1001, 1002], [7, 8, 9]])[:, None, :, None] * inverse_frequency(model.config)
+    assert torch.equal(cos, angles.cos()) and torch.equal(sin, angles.sin())
+    assert cos.shape == (2, 1, 3, model.config.head_dim // 2) and cos.dtype == torch.float32
+    x = torch.randn(2, 5, 3, 32).bfloat16()
+    a, b = x.double().chunk(2, -1)
+    exact = torch.cat((a * cos.double() - b * sin.double(), a * sin.double() + b * cos.double()), -1)
+    assert rotate(x, cos, sin).dtype == torch.bfloat16                  # rounded once
+    assert (rotate(x, cos, sin).double() - exact).abs().max() <= exact.abs().max() / 256
+    assert_close(rotate(x.float(), cos, sin), exact.float(), 1e-6, "fp32")
 
 def test_autocast_runs_training_and_a_state_close_to_fp32(model, expected):
     tokens = expected["tokens"]
@@ -663,6 +765,25 @@ def test_every_name_of_meta_is_a_parameter_of_the_model():
 
 
 # --- writing ---
+
+@pytest.mark.parametrize("factor", [1.0, 8.0])
+def test_what_is_written_states_the_model_in_the_words_of_transformers(tmp_path, factor):
+    from safetensors import safe_open
+    config = Llama3Config(9, 8, 1, 2, 1, 4, 5, 7, 1e-4, 77.0, factor, 2.0, 3.0, 6, tie_word_embeddings=factor == 1,
+                          bos_token_id=1, eos_token_id=[2, 3])
+    Llama3(config).bfloat16().save_pretrained(tmp_path)
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 3.0,
+               "original_max_position_embeddings": 6}
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "bfloat16",
+        "max_position_embeddings": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 5, "vocab_size": 7, "rms_norm_eps": 1e-4,
+        "rope_theta": 77.0, "rope_scaling": scaling if factor == 8 else None, "tie_word_embeddings": factor == 1,
+        "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None}
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as content:
+        assert content.metadata() == {"format": "pt"}
+        assert ("lm_head.weight" in content.keys()) == (factor == 8)
+        assert len([*content.keys()]) == 2 + 9 + (factor == 8)
 
 def test_save_then_load_gives_the_same_bits_and_config(golden, tmp_path):
     tokens = torch.arange(20)[None]

@@ -79,7 +79,7 @@ def test_weights_of_two_dtypes_are_united_as_config_or_most_of_them_say(name, tm
                                ("torch_dtype", "float32", torch.float32),
                                ("dtype", "float16", torch.float16),     # transformers 5's name
                                ("dtype", "auto", torch.bfloat16)):
-        file.write_text(json.dumps({**stated, "torch_dtype": None, field: value}))
+        file.write_text(json.dumps({**stated, "torch_dtype": None, "dtype": None, field: value}))
         model = load_checkpoint(tmp_path)
         assert {p.dtype for p in model.parameters()} == {want}
         assert model(TOKENS).dtype == want

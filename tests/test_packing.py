@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import data
-from data import TextFile, held_out, open_tokens, pack, read_documents, sample, split_document
+from data import TextFile, held_out, open_tokens, pack, read_documents, split_document
+from helpers import run, run_here
 from tokenizer import Bytes, clean, load_tokenizer, train_bpe
 
 
@@ -376,20 +377,10 @@ def test_splitting_yields_all_text_once(tmp_path, monkeypatch):
             assert "".join(pieces) == text and (split == "val") == held_out(document)
 
 
-def command(*arguments, cwd, root):
-    return subprocess.run(
-        [sys.executable, root / "tokenizer.py", *map(str, arguments)],
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
-
-
 def test_command_line_packs_and_saves_the_tokenizer(tmp_path, root):
     texts = corpus(tmp_path / "data")
-    done = command(
-        "data", "--out", "out", "--vocab", "270", "--workers", "2", "--seed", "3", cwd=tmp_path, root=root
+    done = run(
+        root / "tokenizer.py", "data", "--out", "out", "--vocab", "270", "--workers", "2", "--seed", "3", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     tokenizer = load_tokenizer(tmp_path / "out")
@@ -411,15 +402,16 @@ def test_command_line_packs_and_saves_the_tokenizer(tmp_path, root):
         (["x.txt", "--out", "out", "--tokenizer", "nothing"], "nothing"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_status_2(tmp_path, root, arguments, complaint):
+def test_a_users_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, arguments, complaint):
     (tmp_path / "x.txt").write_text("hello")
-    done = command(*arguments, cwd=tmp_path, root=root)
+    monkeypatch.chdir(tmp_path)
+    done = run_here(data.main, *arguments)
     assert done.returncode == 2 and complaint in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
-def test_help_names_every_flag(tmp_path, root):
-    done = command("--help", cwd=tmp_path, root=root)
+def test_help_names_every_flag():
+    done = run_here(data.main, "--help")
     assert done.returncode == 0 and all(
         f in done.stdout for f in ("--out", "--tokenizer", "--vocab", "--workers")
     )

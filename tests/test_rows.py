@@ -1,6 +1,5 @@
 """rows.py: published shapes of rows, tables, what is counted, cut and refused; rewards."""
 import json
-from pathlib import Path
 
 import pytest
 from test_finetune import ALONE, QUICK, base, refused, rows_file, start, tiny  # noqa: F401  base is a fixture
@@ -12,12 +11,6 @@ import tokenizer as text
 
 ASKED = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 SYSTEM = {"role": "system", "content": "Be brief."}
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Drawing a curve takes longer than these runs."""
-    monkeypatch.setattr(checkpoints, "draw_log", lambda out: None)
 
 
 @pytest.fixture
@@ -131,7 +124,7 @@ def test_tools_go_where_the_chat_format_has_them(tools):
 def test_a_message_of_weight_0_is_read_and_not_learnt(unlearnt, tokenizer):
     wrong = [ASKED[0], {"role": "assistant", "content": "Wrong.", **unlearnt}]
     messages = rows.conversation({"messages": wrong + ASKED})
-    assert learnt(tokenizer, messages) == "So.<|endoftext|>"
+    assert learnt(tokenizer, messages) == " So.<|endoftext|>"
     assert "Wrong." not in learnt(tokenizer, messages, everything=True)
     task = task_of("sft", tokenizer)
     assert task.prepare([{"messages": wrong}]) == []

@@ -364,6 +364,102 @@ def test_compiled_equals_eager_in_one_graph():
     torch.compiler.reset()
 
 
+def watched(monkeypatch):
+    """What the model hands to wkv6 from now on."""
+    seen = []
+
+    def operator(*inputs):
+        seen.append(inputs)
+        return wkv6(*inputs)
+    monkeypatch.setattr(rwkv6, "wkv6", operator)
+    return seen
+
+
+def test_the_decay_is_computed_in_fp32_from_bf16_weights(monkeypatch):
+    """A decay of 0.999 is 1 in bf16: nothing would ever be forgotten."""
+    model, seen = small().bfloat16(), watched(monkeypatch)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.att.time_decay.copy_(torch.linspace(-8, -5, 32))
+            block.att.time_decay_w2.zero_()
+        model(torch.arange(20)[None])
+    for block, (r, k, v, w, u, S) in zip(model.blocks, seen):
+        assert w.dtype == torch.float32 and S.dtype == torch.float32 and r.dtype == torch.bfloat16
+        exact = -torch.exp(block.att.time_decay.float()).view(4, 1, 8).expand(4, 20, 8)
+        assert torch.equal(w[0], exact) and (w.exp() < 1).all()
+        assert (w.bfloat16().float() != w).any()
+
+
+def test_time_mixing_hands_its_operator_what_the_equations_say(monkeypatch):
+    """From the docstring, channel by channel: the five blends, the decay, the heads."""
+    model, seen = small(), watched(monkeypatch)
+    att, x = model.blocks[1].att, torch.randn(2, 7, 32)
+    with torch.no_grad():
+        got = att(x, None, None)
+        before = torch.cat([torch.zeros(2, 1, 32), x[:, :-1]], 1)
+        low = torch.tanh((x + att.time_maa_x * (before - x)) @ att.time_maa_w1).split(att.time_maa_w2.shape[1], -1)
+        mixed = {name: x + (getattr(att, f"time_maa_{name}") + low[i] @ att.time_maa_w2[i]) * (before - x)
+                 for i, name in enumerate("wkvrg")}
+        w = -torch.exp(att.time_decay + torch.tanh(mixed["w"] @ att.time_decay_w1) @ att.time_decay_w2)
+        want = (att.receptance(mixed["r"]), att.key(mixed["k"]), att.value(mixed["v"]), w)
+        y, _ = wkv6_loop(*(z.view(2, 7, 4, 8).transpose(1, 2) for z in want), att.time_faaaa, torch.zeros(2, 4, 8, 8))
+        y = y.transpose(1, 2)                # (B, T, H, D)
+        y = (y - y.mean(-1, True)) / (y.var(-1, unbiased=False, keepdim=True) + 64e-5).sqrt()
+        y = y.flatten(2) * att.ln_x.weight + att.ln_x.bias
+        assert_close(got, att.output(y * F.silu(att.gate(mixed["g"]))), 1e-5, "time mixing")
+        ffn = model.blocks[1].ffn
+        k = F.relu(ffn.key(x + ffn.time_maa_k * (before - x))) ** 2
+        gate = torch.sigmoid(ffn.receptance(x + ffn.time_maa_r * (before - x)))
+        assert_close(ffn(x, None), gate * ffn.value(k), 1e-6, "channel mixing")
+    for name, a, b in zip("rkvw", seen[0], want):
+        assert_close(a, b.view(2, 7, 4, 8).transpose(1, 2), 1e-5, name)
+
+
+def test_every_norm_has_the_eps_of_the_authors():
+    model = small()
+    eps = {name: module.eps for name, module in model.named_modules() if hasattr(module, "eps")}
+    assert eps == {"blocks.0.ln0": 1e-5, "ln_out": 1e-5, **{
+        f"blocks.{i}.{name}": 64e-5 if name == "att.ln_x" else 1e-5
+        for i in range(2) for name in ("ln1", "ln2", "att.ln_x")}}
+    assert small(group_norm_eps=0.5).blocks[1].att.ln_x.eps == 0.5
+    x = torch.randn(2, 3, 32)
+    for norm in (model.blocks[0].ln0, model.blocks[1].ln1, model.blocks[1].ln2, model.ln_out):
+        wide = (x - x.mean(-1, True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        assert_close(norm(x), wide * norm.weight + norm.bias, 1e-6, "LayerNorm")
+
+
+@pytest.mark.parametrize("T", [70, 150])
+def test_gradients_with_a_state_over_several_chunks_equal_the_loop(monkeypatch, T):
+    """The state is read as it was, and what is left in it is the loop's."""
+    model, tokens = small().double(), torch.randint(61, (2, 10 + T), generator=torch.Generator().manual_seed(0))
+    first, got = model.new_state(2), []
+    with torch.no_grad():
+        model.hidden(tokens[:, :10], first)
+    for operator in (wkv6, wkv6_loop):
+        monkeypatch.setattr(rwkv6, "wkv6", operator)
+        state = State(*map(torch.clone, first))
+        model.zero_grad()
+        logits = model(tokens[:, 10:], state)
+        logits.square().sum().backward()
+        got.append((logits, *state, *(p.grad.clone() for p in model.parameters())))
+    for i, (ours, loops) in enumerate(zip(*got)):
+        assert_close(ours, loops, 1e-5, f"tensor {i}")                  # the state is kept in fp32
+    assert not torch.equal(first.wkv, state.wkv)
+
+
+def test_the_token_before_comes_from_the_state_and_the_last_is_left_there():
+    x, last = torch.arange(24.0).view(2, 3, 4), torch.full((2, 4), 7.0)
+    shifted = rwkv6.previous(x, None)
+    assert torch.equal(shifted[:, 1:], x[:, :-1]) and not shifted[:, 0].any()
+    y = x.bfloat16().requires_grad_()
+    shifted = rwkv6.previous(y, last)
+    assert shifted.dtype == torch.bfloat16 and last.dtype == torch.float32
+    assert torch.equal(shifted[:, 1:], y[:, :-1]) and (shifted[:, 0] == 7).all()
+    assert torch.equal(last, x[:, -1]) and not last.requires_grad
+    shifted.sum().backward()
+    assert torch.equal(y.grad[:, :, 0], torch.tensor([[1, 1, 0]] * 2).bfloat16())
+
+
 def test_bf16_and_autocast_stay_close_to_fp32(model, expected):
     def distance(logits):
         p, q = expected["logits"].log_softmax(-1), logits.float().log_softmax(-1)
@@ -385,6 +481,24 @@ def test_bf16_and_autocast_stay_close_to_fp32(model, expected):
 def test_published_sizes_have_the_published_number_of_parameters(name, count):
     with torch.device("meta"):
         assert sum(p.numel() for p in RWKV6(SIZES[name]).parameters()) == count
+
+
+def test_the_sizes_state_what_the_published_files_have():
+    told = {name: (c.vocab_size, c.n_embd, c.n_layer, c.head_size, c.dim_ffn, c.mix_lora, c.decay_lora)
+            for name, c in SIZES.items()}
+    assert told == {"1.6b": (65536, 2048, 24, 64, 7168, 32, 64), "3b": (65536, 2560, 32, 64, 8960, 32, 64),
+                    "7b": (65536, 4096, 32, 64, 14336, 64, 128), "14b": (65536, 4096, 61, 64, 14336, 64, 128)}
+    for c in SIZES.values():
+        assert (c.eos_token_id, c.bos_token_id, c.pad_token_id, c.tuned_state) == (0, None, None, False)
+        assert c.group_norm_eps == 64e-5 and c.context is None
+    assert replace(RWKV6Config(), eos_token_id=0) == SIZES["1.6b"]
+
+
+@pytest.mark.parametrize("width, head, wide, mix, decay", [
+    (1, 1, 32, 1, 1), (2, 2, 32, 1, 1), (8, 8, 32, 4, 4), (32, 32, 96, 16, 16), (67, 1, 224, 32, 33),
+    (96, 48, 320, 32, 48), (128, 64, 448, 32, 64), (2560, 64, 8960, 32, 64), (4096, 64, 14336, 64, 128)])
+def test_sized_has_the_proportions_of_the_authors(width, head, wide, mix, decay):
+    assert RWKV6Config.sized(3, width, 99, 50) == RWKV6Config(99, width, 3, head, wide, mix, decay)
 
 
 @pytest.mark.parametrize("width", [8, 32, 67, 96, 100, 128, 384, 768, 4096])
@@ -477,7 +591,7 @@ def test_a_few_steps_of_training_lower_the_loss():
 
 @pytest.mark.parametrize("field, value", [
     ("vocab_size", 0), ("n_layer", -1), ("head_size", 5), ("dim_ffn", 0), ("mix_lora", 0),
-    ("decay_lora", 0), ("group_norm_eps", -1.0)])
+    ("decay_lora", 0), ("group_norm_eps", -1.0), ("group_norm_eps", 1.0), ("n_embd", 0), ("head_size", 0)])
 def test_an_impossible_config_names_the_field(field, value):
     with pytest.raises(ValueError, match=field):
         replace(RWKV6Config.sized(2, 32, 61, 40), **{field: value})

@@ -7,11 +7,13 @@ import contextlib
 import io
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 
+import lies
 import pytest
 import torch
 from helpers import ROOT, assert_close
@@ -147,6 +149,77 @@ def test_a_damaged_run_is_refused_in_one_line(tmp_path):
         opened(lambda: train.load_resume(out), counts)
     print(f"\n{dict(counts)}")
     assert counts["refused"] > 100
+
+
+def size_of(folder):
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+
+
+def lied_to(cases, make, open_it, tmp_path):
+    """Open every lie in a child process with limits; what went wrong, and how the others ended."""
+    faults, ended = [], Counter()
+    for case, lie in cases.items():
+        folder = tmp_path / f"case{len(ended)}-{ended.total()}"
+        make(folder)
+        lie(folder)
+        before = sorted((file.name, file.lstat().st_size) for file in folder.rglob("*"))
+        told = lies.attempt(lambda: open_it(folder), size_of(folder))
+        ended[told.partition(":")[0]] += 1
+        if told.startswith("FAULT") or before != sorted((f.name, f.lstat().st_size) for f in folder.rglob("*")):
+            faults.append(f"{case}: {told}")
+        print(f"{case}: {told:.160}")
+        shutil.rmtree(folder)
+    print(dict(ended))
+    return faults
+
+
+@pytest.mark.parametrize("name, more", [("gpt", lies.GPT), ("llama3", lies.LLAMA), ("glm4", {}), ("rwkv6", {})])
+def test_a_checkpoint_that_lies_opens_or_is_refused_in_one_line(name, more, tmp_path):
+    cases = {**lies.CHECKPOINTS, **more} if name != "rwkv6" else {}
+
+    def rwkv(make):                          # the same pickles in a .pth
+        return lambda folder: ((folder / "model.pth").unlink(), make(folder / "model.pth"))
+    if name == "rwkv6":
+        cases = {case: rwkv(make) for case, make in dict(
+            bomb=lies.bomb, laughs=lies.laughs, deep=lies.deep, calls=lies.calls(os.system, "true"),
+            bytes=lies.calls(bytearray, 10**10), claims=lies.claims((10**6, 10**6), (0, 0)),
+            nothing=lambda path: torch.save({}, path)).items()}
+    faults = lied_to(cases, lambda folder: tiny(name).save_pretrained(folder), train.load_checkpoint, tmp_path)
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("make", [lies.bomb, lies.laughs, lies.deep, lies.calls(os.system, "true"),
+                                  lies.claims((10**6, 10**6), (0, 0))])
+def test_a_pickle_that_lies_as_ckpt_or_resume_is_refused_in_one_line(make, tmp_path):
+    for file, open_it in (("ckpt.pt", train.load_checkpoint), ("resume/resume.pt", train.load_resume)):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        make(tmp_path / file)
+        told = lies.attempt(lambda: open_it(tmp_path), (tmp_path / file).stat().st_size)
+        print(f"{file}: {told:.160}")
+        assert told.startswith("refused"), told
+
+
+def test_a_tokenizer_that_lies_opens_or_is_refused_in_one_line(tmp_path):
+    made = text.train_bpe(sentences(random.Random(5), 500), 400)
+
+    def open_it(folder):
+        tokenizer = text.load_tokenizer(folder)
+        assert tokenizer.decode(tokenizer.encode("aaaaaaaaaaaaaaaaaaaaaaaaaaaaab é <a>"))
+        if tokenizer.chat_format:
+            tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
+    faults = lied_to(lies.TOKENIZERS, made.save, open_it, tmp_path)
+    assert not faults, "\n".join(faults)
+
+
+def test_weights_of_nan_load_and_say_so_when_they_are_used(tmp_path):
+    for name in MODELS:
+        model = tiny(name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(float("nan"))
+        model.save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match="NaN"):
+            train.load_checkpoint(tmp_path / name).generate([[1, 2]], 3)
 
 
 @pytest.mark.parametrize("name, content", [

@@ -410,4 +410,4 @@ def test_a_forked_process_has_a_child_of_its_own(folder):
 
 
 def encode_forked(talk):
-    return FORKED.encode_chat(talk)             # noqa: F821: set in the forked process alone
+    return FORKED.encode_chat(talk)             # noqa: F821  set in the forked process alone

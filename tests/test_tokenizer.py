@@ -482,7 +482,7 @@ def test_alpaca_is_stanfords_prompt():
         "Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n"
-        "### Input:\n1 2\n\n### Response:3<|endoftext|>"
+        "### Input:\n1 2\n\n### Response: 3<|endoftext|>"
     )
     assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "Hi"}])) == (
         "Below is an instruction that describes a task. Write a response that appropriately "
@@ -791,6 +791,19 @@ def write_gpt2(tokenizer, folder):
     vocab = data["model"]["vocab"] | {"<|endoftext|>": tokenizer.end_id}
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *data["model"]["merges"]]))
+
+
+def test_ids_that_do_not_rise_in_merge_order_survive_saving(tmp_path):
+    tokenizer = train_bpe(["hello hello world " * 5], 262, pattern=GPT2_PATTERN)
+    write_gpt2(tokenizer, tmp_path)
+    vocab = read(tmp_path, "vocab.json")
+    low, high = sorted(vocab, key=vocab.get)[259:262:2]
+    vocab[low], vocab[high] = vocab[high], vocab[low]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    ours, text = load_tokenizer(tmp_path), "hello world"
+    assert ours.encode(text) != tokenizer.encode(text) and ours.decode(ours.encode(text)) == text
+    ours.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").encode(text) == ours.encode(text)
 
 
 def test_added_tokens_json_beside_vocab_json(tmp_path):

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import toy
-from helpers import ROOT, assert_close, assert_one_line_error, run
+from helpers import ROOT, assert_close, assert_one_line_error, run, run_here
 from torch import nn
 from torch.nn import functional as F
 
@@ -77,6 +78,14 @@ def test_a_run_directory_is_complete_and_loads(finished):
     assert {"gzip", "xz", "bits_per_byte"} <= json.loads((finished / "log.jsonl").read_text().splitlines()[-1]).keys()
 
 
+def test_the_losses_are_drawn_where_matplotlib_is_installed(finished, tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copy(finished / "log.jsonl", tmp_path)
+    checkpoints.draw_log(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 2, "nothing half written is left"
+
+
 def test_transformers_opens_a_run_directory_to_the_same_logits_and_ids(finished):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(finished).eval()
@@ -90,8 +99,8 @@ def test_transformers_opens_a_run_directory_to_the_same_logits_and_ids(finished)
 def test_what_a_terminal_cannot_show_is_no_crash(finished, corpus, tmp_path):
     done = run("chat.py", finished, "--prompt", "é", "--max-new-tokens", "3", "--device", "cpu", PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
-    done = run("train.py", *SMALL, "--steps", "1", "--data", corpus, "--sample-prompt", "é", "--out", tmp_path / "run",
-               PYTHONIOENCODING="ascii")
+    done = run_here(train.main, *SMALL, "--steps", "1", "--data", corpus, "--sample-prompt", "é", "--out", tmp_path / "run",
+                    encoding="ascii")
     assert done.returncode == 0 and "--- sample ---\n?" in done.stdout, done.stderr
 
 
@@ -198,13 +207,13 @@ def test_a_half_written_save_does_no_harm(finished, tmp_path):
 
 def test_resume_refuses_what_would_change_the_result(finished, corpus, tmp_path):
     for flags, word in ((["--lr", "1"], "--lr"), (["--steps", "9"], "--steps"), (["--seed", "7"], "--seed")):
-        assert_one_line_error(run("train.py", "--resume", finished, *flags), word, "would change the result")
+        assert_one_line_error(run_here(train.main, "--resume", finished, *flags), word, "would change the result")
     changed = shutil.copytree(corpus, tmp_path / "corpus")
     out = start(changed, tmp_path / "run", "--steps", 2)
     (changed / "part_3.py").write_text("new = 1\n")
-    assert_one_line_error(run("train.py", "--resume", out), "data have changed")
+    assert_one_line_error(run_here(train.main, "--resume", out), "data have changed")
     (out / "resume/resume.pt").write_bytes((out / "resume/resume.pt").read_bytes()[:1000])
-    assert_one_line_error(run("train.py", "--resume", out), "damaged")
+    assert_one_line_error(run_here(train.main, "--resume", out), "damaged")
 
 
 @pytest.mark.parametrize("steps", [5])
@@ -233,7 +242,7 @@ def test_a_recurrent_model_trains_and_resumes_through_the_same_script(corpus, tm
 @pytest.mark.slow
 def test_two_processes_equal_one(corpus, finished, tmp_path):
     out = tmp_path / "two"
-    done = run("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29591", "train.py",
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
                *SMALL, "--data", corpus, "--out", out, "--micro-batch", "1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert events(out, "loss") == pytest.approx(events(finished, "loss"), rel=1e-5)
@@ -304,7 +313,7 @@ def test_nanogpt_token_folders_and_jsonl_are_data(tmp_path, corpus):
     (tmp_path / "b.jsonl").write_text("\n".join(lines))
     train.main([*SMALL, "--data", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "b")])
     assert events(tmp_path / "b", "bits_per_byte")
-    assert_one_line_error(run("train.py", "--data", folder), "no tokenizer")
+    assert_one_line_error(run_here(train.main, *arguments, "--data", folder), "no tokenizer")
 
 
 # --- loss and gradients ---
@@ -627,14 +636,14 @@ def test_moved_data_are_the_same_data_and_other_data_are_refused(corpus, finishe
     assert events(tmp_path / "run", "loss") == events(finished, "loss")
     assert weights(tmp_path / "run") == weights(finished)
     (tmp_path / "elsewhere/part_3.py").write_text("new = 1\n")
-    assert_one_line_error(run("train.py", "--resume", tmp_path / "run", "--data", tmp_path / "elsewhere"),
+    assert_one_line_error(run_here(train.main, "--resume", tmp_path / "run", "--data", tmp_path / "elsewhere"),
                           "data have changed")
 
 
 def test_resume_takes_the_file_and_a_finished_run_is_told_what_to_do(finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "run")
     assert train.load_resume(str(out / "resume/resume.pt"))[0] == out
-    assert_one_line_error(run("train.py", "--resume", out, "--steps", 9), f"--init-from {out} --steps 3")
+    assert_one_line_error(run_here(train.main, "--resume", out, "--steps", 9), f"--init-from {out} --steps 3")
     os.replace(out / "resume/resume.pt", out / "resume.pt")             # where older runs have it
     assert train.load_resume(str(out))[0] == out == train.load_resume(str(out / "resume.pt"))[0]
 
@@ -654,11 +663,11 @@ def test_a_resume_file_of_an_earlier_version_is_refused_by_name(finished, tmp_pa
     saved = torch.load(out / "resume/resume.pt", weights_only=True)
     del saved[part][name]
     torch.save(saved, out / "resume/resume.pt")
-    assert_one_line_error(run("train.py", "--resume", out), "earlier version", f"--init-from {out}")
+    assert_one_line_error(run_here(train.main, "--resume", out), "earlier version", f"--init-from {out}")
 
 
 def test_help_shows_every_flag_with_default_and_meaning():
-    shown = " ".join(run("train.py", "--help").stdout.split())
+    shown = " ".join(run_here(train.main, "--help").stdout.split())
     for name, spec in train.Settings.__dataclass_fields__.items():
         assert "--" + name.replace("_", "-") in shown
         assert " ".join(spec.metadata["help"].split())[:20] in shown, name
@@ -704,6 +713,29 @@ def test_plan_says_what_would_be_trained_and_stops(corpus, tmp_path, monkeypatch
     train.main(["--data", str(corpus), "--plan", "--width", "32", "--layers", "1", "--device", "cpu"])
     out = capsys.readouterr().out
     assert "tokens/s at 1 x 32, context 256" in out and "epochs" in out and not [*tmp_path.iterdir()]
+
+
+def test_plan_says_that_nothing_was_open_and_names_the_sizes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--plan", "--size", "gpt2", "--device", "cpu"])
+    assert "nothing was left open" in capsys.readouterr().out
+    assert_one_line_error(run_here(train.main, "--plan", "--size", "124m"), "gpt2-medium")
+
+
+def test_nanogpts_characters_train_without_a_token_that_ends_a_text(tmp_path, monkeypatch, capsys):
+    text = "to be or not to be\n" * 60
+    stoi = {char: n for n, char in enumerate(sorted(set(text)))}
+    (tmp_path / "data").mkdir()
+    ids = np.array([stoi[char] for char in text], np.uint16)
+    ids[:900].tofile(tmp_path / "data/train.bin")
+    ids[900:].tofile(tmp_path / "data/val.bin")
+    (tmp_path / "data/meta.pkl").write_bytes(pickle.dumps(
+        {"vocab_size": len(stoi), "stoi": stoi, "itos": {n: char for char, n in stoi.items()}}))
+    train.main(["--layers", "1", "--width", "32", "--context", "32", "--tokens-per-step", "128", "--steps", "3",
+                "--device", "cpu", "--dtype", "float32", "--tokenizer", str(tmp_path / "data"),
+                "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
+    assert "bits per byte" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/config.json").read_text())["eos_token_id"] is None
 
 
 def test_the_published_muon_is_what_ours_does():
@@ -778,5 +810,5 @@ def test_many_passes_over_a_text_are_warned_of(corpus, tmp_path, capsys):
 
 
 def test_importing_train_does_nothing(tmp_path):
-    done = run("-c", "import sys; sys.path.insert(0, %r); import train" % str(ROOT), cwd=tmp_path)
+    done = run("-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train", cwd=tmp_path)
     assert done.returncode == 0 and not done.stdout and not list(tmp_path.iterdir())
