@@ -1,20 +1,22 @@
-"""Generation, side by side with what a user would pick instead, in one interleaved run.
+"""Generation, side by side with what a user would pick instead, in interleaved runs.
 
     python bench/generate.py | tee bench/generate.log
-    python bench/generate.py --rows gpt,rwkv --repeats 9        # some of the tables
+    python bench/generate.py gpt2 rwkv6-prompt --repeats 9      # some of the cases
     python bench/generate.py --quality out/gpt                  # what int8 and int4 cost in quality
 
-Both sides load the same saved folder of random weights and run in one process at one dtype and one
-number of threads, warmed up; then they take turns, each begun with a short run that is not timed, and
-medians of --repeats are compared. A time per token is what lies between the tokens that the side's
-own `generate` reports; prompts count from the call to the first token. transformers runs with the faster of sdpa and eager attention and of a
-dynamic and a static cache, as measured here. llama.cpp, where --llama-python names a Python that
-has llama-cpp-python and gguf, runs in a process beside this one and waits while others are timed.
-A side that needs more than a minute for one run is measured once, and that is said.
+Both sides load the same saved folder of random weights and run in one process, at one dtype and one
+number of threads, warmed up; then they take turns, and medians of --repeats turns are compared,
+and the best turns, which other work on the machine disturbs less.
+Decoding is the time from token to token in each side's own `generate`, from a cache that is filled
+once; prompts count until the first token. transformers runs with the fastest of sdpa or eager
+attention and a dynamic or static cache, by a trial for each model and dtype. A side that needs more
+than half a minute for one turn is measured once, and that is said.
 """
 import argparse
+import copy
+import datetime
+import functools
 import itertools
-import json
 import os
 import platform
 import statistics
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.update(HF_HUB_OFFLINE="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="0", RWKV_V7_ON="0",
                   TRANSFORMERS_VERBOSITY="error")
@@ -37,12 +40,32 @@ import llama3                                                           # noqa: 
 import rwkv6                                                            # noqa: E402
 from practice import fast                                               # noqa: E402
 
-NEW = 32                                                                # tokens of a decoding run
-SLOW = 60
+NEW = 16                                     # tokens of a decoding run
+SLOW = 30                                    # seconds
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LLAMA = llama3.Llama3Config(max_position_embeddings=8192, hidden_size=768, num_hidden_layers=12,
-                            num_attention_heads=12, num_key_value_heads=4, head_dim=64,
-                            intermediate_size=2048, vocab_size=32000)
+KINDS = {"fp32": ("fp32",), "fp32, --fast off": ("fp32", None, "off"), "bf16": ("bf16",),
+         "int8": ("bf16", "int8"), "int4": ("bf16", "int4")}            # arguments of Ours
+MODELS = {
+    "gpt2": (gpt.GPT, gpt.SIZES["gpt2"]),
+    "llama": (llama3.Llama3, llama3.Llama3Config(
+        max_position_embeddings=8192, hidden_size=768, num_hidden_layers=12, head_dim=64,
+        num_attention_heads=12, num_key_value_heads=4, intermediate_size=2048, vocab_size=32000)),
+    "rwkv6": (rwkv6.RWKV6, rwkv6.RWKV6Config.sized(12, 768, 65536, 1024))}
+TITLES = {"gpt2": "GPT-2 124M", "llama": "Llama 125M", "rwkv6": "RWKV-6 197M"}
+LEAST = {                                    # the factors to reach
+    "gpt2": {"fp32": 1.5, "bf16": 1.3, "int8": 2.4}, "llama": {"fp32": 1.5, "bf16": 1.25},
+    "rwkv6": {"fp32": 1.6, "bf16": 1.2}, "gpt2-prompt": {"fp32": 1.5, "bf16": 1.2},
+    "llama-prompt": {"fp32": 1.5, "bf16": 1.2}, "rwkv6-prompt": {"fp32": 1.5, "bf16": 1.5},
+    "products": {"fp32": 0.82, "bf16": 0.75, "int8": 0.65, "int4": 0.5}}
+
+
+class Case(NamedTuple):
+    """What is measured together, and the lines of its table."""
+    title: str
+    sides: dict                              # name -> function that returns seconds
+    lines: list[tuple]                       # (label, name, name to compare with, least factor)
+    tokens: int = 1                          # of the seconds: the table has tokens / seconds
+    after: object = None                     # called at the end: a line to print
 
 
 def some_tokens(count, vocabulary, seed=0):
@@ -51,175 +74,15 @@ def some_tokens(count, vocabulary, seed=0):
     return torch.randint(3, vocabulary, (count,), generator=generator).tolist()
 
 # ------------------------------------------------------------------------------------------- sides
-# A side is a function (prompt, number of new tokens) -> (seconds of each token from the start of the
-# call, tokens), greedy.
+# read(prompt) -> seconds to the first token; it fills a cache
+# decode(n) -> (seconds from token to token, the n tokens that come next), from a copy of the cache
 
 
 def in_memory(model):
-    """The model with copies of its weights: pages of a file may be dropped while others are timed."""
+    """The model with copies of its weights: pages of a file may be dropped meanwhile."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
-
-
-def ours(folder, model_class, dtype, weights=None, plain=False):
-    """This project's model, as chat.py runs it."""
-    model = in_memory(model_class.from_pretrained(folder, dtype=DTYPES[dtype]))
-    about = fast.accelerate(model, weights, "off" if plain else "auto")
-    print(f"  {model_class.__name__} {dtype}: {about}", file=sys.stderr, flush=True)
-
-    def run(prompt, new):
-        times, start = [], time.perf_counter()
-        [tokens] = model.generate([prompt], new, temperature=0, stop=(),
-                                  on_token=lambda row, token: times.append(time.perf_counter() - start))
-        return times, tokens
-    run.model, run.about = model, about
-    return run
-
-
-class Times:
-    """A transformers streamer: when each token came. The first that comes is the prompt."""
-
-    def __init__(self):
-        self.start, self.times = time.perf_counter(), []
-
-    def put(self, tokens):
-        self.times.append(time.perf_counter() - self.start)
-
-    def end(self):
-        pass
-
-
-def transformers(folder, dtype, prompt):
-    """transformers with what is fastest of its attentions and caches for this prompt."""
-    from transformers import AutoModelForCausalLM
-    model = in_memory(AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval())
-
-    def variant(attention, cache):
-        def run(prompt, new):
-            model.set_attn_implementation(attention)
-            tokens, streamer = torch.tensor([prompt]), Times()
-            out = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new,
-                                 do_sample=False, eos_token_id=None, pad_token_id=0,
-                                 cache_implementation=cache, streamer=streamer)
-            return streamer.times[1:], out[0, len(prompt):].tolist()
-        run.model, run.about = model, f"transformers {attention}, {cache or 'dynamic'} cache"
-        return run
-    runs = [variant(*kind) for kind in itertools.product(("sdpa", "eager"), (None, "static"))]
-    return min(runs, key=lambda run: min(between(run(prompt, 9)[0]) for _ in range(3)))
-
-
-def rwkv_package(file, dtype):
-    """The rwkv package, called token by token as its own examples do."""
-    from rwkv.model import RWKV
-    model = RWKV(model=str(file).removesuffix(".pth"), strategy=f"cpu {dtype}", verbose=False)
-
-    def run(prompt, new):
-        times, tokens, start = [], [], time.perf_counter()
-        with torch.no_grad():
-            logits, state = model.forward(prompt, None)
-            while True:
-                tokens.append(int(logits.argmax()))
-                times.append(time.perf_counter() - start)
-                if len(tokens) == new:
-                    return times, tokens
-                logits, state = model.forward(tokens[-1:], state)
-    run.about = "rwkv package"
-    return run
-
-
-WORKER = r'''
-import ctypes, json, sys, time
-import gguf, llama_cpp, numpy
-folder, threads = sys.argv[1], int(sys.argv[2])
-told = json.load(open(folder + "/sizes.json"))
-quiet = llama_cpp.llama_log_callback(lambda *_: None)                   # must outlive its use
-llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
-llama_cpp.llama_backend_init()
-def write(kind):
-    path = f"{folder}/{kind}.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    for name, value in told.items():
-        getattr(writer, name)(value)
-    writer.add_tokenizer_model("no_vocab")
-    for name, tensor in numpy.load(folder + "/weights.npz").items():
-        if tensor.ndim > 1 and kind != "F32":
-            quantisation = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(name, gguf.quants.quantize(tensor, quantisation), raw_dtype=quantisation)
-        else:
-            writer.add_tensor(name, tensor)
-    writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file()
-    writer.close()
-    return path
-contexts = {}
-def open_model(kind):
-    p = llama_cpp.llama_model_default_params()
-    model = llama_cpp.llama_model_load_from_file(write(kind).encode(), p)
-    p = llama_cpp.llama_context_default_params()
-    p.n_ctx, p.n_batch, p.n_ubatch, p.n_threads, p.n_threads_batch = 8192, 512, 512, threads, threads
-    contexts[kind] = llama_cpp.llama_init_from_model(model, p), model
-def run(kind, prompt, new):
-    context, model = contexts[kind]
-    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-    size = told["add_vocab_size"]
-    def feed(tokens):
-        array = (llama_cpp.llama_token * len(tokens))(*tokens)
-        assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(tokens))) == 0
-        logits = llama_cpp.llama_get_logits_ith(context, -1)
-        return int(numpy.ctypeslib.as_array(logits, (size,)).argmax())
-    times, tokens, start = [], [], time.perf_counter()
-    for i in range(0, len(prompt), 512):
-        token = feed(prompt[i:i + 512])
-    while True:
-        tokens.append(token); times.append(time.perf_counter() - start)
-        if len(tokens) == new:
-            return times, tokens
-        token = feed([token])
-for line in sys.stdin:
-    kind, prompt, new = json.loads(line)
-    if kind not in contexts:
-        open_model(kind)
-    print(json.dumps(run(kind, prompt, new)), flush=True)
-'''
-
-
-def llama_cpp(python, model, folder):
-    """A function kind -> side: llama.cpp on the same weights, in a process of its own."""
-    import numpy as np
-    c, tensors = model.config, model.state_dict()
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-             "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-             "mlp.down_proj": "ffn_down"}
-    arrays = {}
-    for name, tensor in tensors.items():
-        stem = name.removesuffix(".weight")
-        layer = "".join(f"blk.{stem.split('.')[2]}." for _ in range(stem.startswith("model.layers.")))
-        stem = stem.split(".", 3)[3] if layer else stem
-        if stem.endswith(("q_proj", "k_proj")):      # halves -> neighbours: its rotation is Meta's
-            tensor = tensor.unflatten(0, (-1, 2, c.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-        arrays[f"{layer}{names[stem]}.weight"] = tensor.float().numpy()
-    np.savez(folder / "weights.npz", **arrays)
-    (folder / "sizes.json").write_text(json.dumps(dict(
-        add_context_length=c.max_position_embeddings, add_embedding_length=c.hidden_size,
-        add_block_count=c.num_hidden_layers, add_feed_forward_length=c.intermediate_size,
-        add_head_count=c.num_attention_heads, add_head_count_kv=c.num_key_value_heads,
-        add_layer_norm_rms_eps=c.rms_norm_eps, add_rope_freq_base=c.rope_theta,
-        add_rope_dimension_count=c.head_dim, add_vocab_size=c.vocab_size)))
-    worker = subprocess.Popen([python, "-c", WORKER, str(folder), str(torch.get_num_threads())],
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def side(kind):
-        def run(prompt, new):
-            worker.stdin.write(json.dumps([kind, prompt, new]) + "\n")
-            worker.stdin.flush()
-            return json.loads(worker.stdout.readline())
-        run.about = f"llama.cpp {kind}"
-        return run
-    return side
-
-# --------------------------------------------------------------------------------------- measuring
 
 
 def between(times):
@@ -227,234 +90,334 @@ def between(times):
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
-def in_turns(functions, repeats):
-    """{name: median of `repeats` values} of functions that take turns, each called once before.
+class Ours:
+    """This project's model, as chat.py runs it."""
 
-    Where that first call takes more than SLOW seconds, its value is all that is measured.
-    """
-    values = {}
-    for name, function in functions.items():
+    def __init__(self, folder, model_class, dtype, weights=None, mode="auto"):
+        self.model = in_memory(model_class.from_pretrained(folder, dtype=DTYPES[dtype]))
+        self.about = fast.accelerate(self.model, weights, mode)
+
+    def read(self, prompt, slots=None):
         start = time.perf_counter()
-        value = function()
-        values[name] = [value] if time.perf_counter() - start > SLOW else []
-    slow = [name for name, found in values.items() if found]
-    for _ in range(repeats):
-        for name, function in functions.items():
-            if name not in slow:
-                values[name].append(function())
-    if slow:
-        print(f"  measured once, being slower than {SLOW} s: {', '.join(map(str, slow))}\n", flush=True)
-    return {name: statistics.median(found) for name, found in values.items()}
+        self.state = self.model.new_state(1, slots or len(prompt) + NEW + 1)
+        [[self.last]] = self.model.generate([prompt], 1, state=self.state, temperature=0, stop=())
+        return time.perf_counter() - start
+
+    def decode(self, new):
+        times, state = [], self.state._make(map(torch.clone, self.state))
+        [tokens] = self.model.generate([[self.last]], new, state=state, temperature=0, stop=(),
+                                       on_token=lambda *_: times.append(time.perf_counter()))
+        return between(times), tokens
 
 
-def header(title, *columns):
-    print(f"\n{title}\n\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), flush=True)
+class Transformers:
+    """transformers, with what is fastest of its attentions and caches."""
+
+    def __init__(self, folder, dtype):
+        from transformers import AutoModelForCausalLM
+        self.times = []
+        self.model = in_memory(AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]))
+        self.model.eval()
+
+        def trial(variant):
+            self.variant = variant
+            self.read([*range(3, 11)])
+            return min(self.decode(5)[0] for _ in range(3))
+        self.variant = min(itertools.product(("sdpa", "eager"), ("dynamic", "static")), key=trial)
+        self.model.set_attn_implementation(self.variant[0])
+        self.about = "transformers with {} attention and a {} cache".format(*self.variant)
+
+    @torch.no_grad()
+    def read(self, prompt):
+        from transformers import DynamicCache, StaticCache
+        attention, cache = self.variant
+        self.model.set_attn_implementation(attention)
+        start, c = time.perf_counter(), self.model.config
+        self.cache = (StaticCache(config=c, max_cache_len=len(prompt) + NEW + 1)
+                      if cache == "static" else DynamicCache(config=c))
+        logits = self.model(torch.tensor([prompt]), past_key_values=self.cache, logits_to_keep=1)
+        self.tokens = torch.tensor([[*prompt, logits.logits[0, -1].argmax().item()]])
+        return time.perf_counter() - start
+
+    def put(self, tokens):
+        """It is its own streamer: notes when each token came; first of all comes the prompt."""
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+    def decode(self, new):
+        cache, self.times = copy.deepcopy(self.cache), []
+        out = self.model.generate(self.tokens, attention_mask=torch.ones_like(self.tokens),
+                                  max_new_tokens=new, do_sample=False, eos_token_id=None,
+                                  pad_token_id=0, past_key_values=cache, streamer=self)
+        return between(self.times[1:]), out[0, self.tokens.shape[1]:].tolist()
 
 
-def row(name, ours, theirs, what, target, rate=lambda seconds: 1 / seconds):
-    """A line: the rates of both sides, and the factor between them, against the least wanted."""
-    factor = theirs / ours
-    print(f"| {name} | {rate(ours):.1f} | {rate(theirs):.1f} ({what}) | {factor:.2f} | {target or ''} |",
-          flush=True)
+class Package:
+    """The rwkv package, called token by token as its own examples do."""
+    about = "the rwkv package"
+
+    def __init__(self, folder, dtype):
+        from rwkv.model import RWKV
+        self.model = RWKV(str(folder / "model"), f"cpu {dtype}", verbose=False)
+
+    @torch.no_grad()
+    def read(self, prompt):
+        start = time.perf_counter()
+        logits, self.state = self.model.forward(prompt, None)
+        self.last = int(logits.argmax())
+        return time.perf_counter() - start
+
+    @torch.no_grad()
+    def decode(self, new):
+        times, tokens, state = [], [], copy.deepcopy(self.state)
+        for _ in range(new):
+            logits, state = self.model.forward([self.last, *tokens][-1:], state)
+            tokens.append(int(logits.argmax()))
+            times.append(time.perf_counter())
+        return between(times), tokens
 
 
-def agreement(left, right):
-    """How far two greedy continuations agree."""
-    same = next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), len(left))
-    return "the same tokens" if same == len(left) else f"the same {same} of {len(left)} tokens"
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python, on a GGUF file of the same weights."""
+
+    def __init__(self, folder, model, kind):
+        import gguf
+        import llama_cpp as cpp
+        self.cpp, self.vocabulary, self.about = cpp, model.config.vocab_size, f"llama.cpp {kind}"
+        self.quiet = cpp.llama_log_callback(lambda *_: None)            # must outlive its use
+        cpp.llama_log_set(self.quiet, None)
+        path = str(folder / f"{kind}.gguf")
+        self.write(gguf, path, model, kind)
+        self.weights = cpp.llama_model_load_from_file(
+            path.encode(), cpp.llama_model_default_params())
+        settings = cpp.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = 1024
+        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+        self.context = cpp.llama_init_from_model(self.weights, settings)
+
+    @staticmethod
+    def write(gguf, path, model, kind):
+        c, writer = model.config, gguf.GGUFWriter(path, "llama")
+        for name, value in dict(
+                context_length=c.max_position_embeddings, embedding_length=c.hidden_size,
+                block_count=c.num_hidden_layers, feed_forward_length=c.intermediate_size,
+                head_count=c.num_attention_heads, head_count_kv=c.num_key_value_heads,
+                layer_norm_rms_eps=c.rms_norm_eps, rope_freq_base=c.rope_theta,
+                rope_dimension_count=c.head_dim, vocab_size=c.vocab_size).items():
+            getattr(writer, f"add_{name}")(value)
+        writer.add_tokenizer_model("no_vocab")
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):       # rotates neighbours
+                tensor = tensor.unflatten(0, (-1, 2, c.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+            array, raw = tensor.float().numpy(), None
+            if tensor.dim() > 1 and kind != "F32":
+                raw = gguf.GGMLQuantizationType[kind]
+                array = gguf.quants.quantize(array, raw)
+            writer.add_tensor(names.get_name(name, (".weight",)), array, raw_dtype=raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def feed(self, tokens):
+        import numpy
+        array = (self.cpp.llama_token * len(tokens))(*tokens)
+        batch = self.cpp.llama_batch_get_one(array, len(tokens))
+        if self.cpp.llama_decode(self.context, batch):
+            raise RuntimeError("llama_decode failed")
+        logits = self.cpp.llama_get_logits_ith(self.context, -1)
+        return int(numpy.ctypeslib.as_array(logits, (self.vocabulary,)).argmax())
+
+    def read(self, prompt):
+        start = time.perf_counter()
+        self.memory, self.length = self.cpp.llama_get_memory(self.context), len(prompt)
+        self.cpp.llama_memory_clear(self.memory, True)
+        self.last = self.feed(prompt)
+        return time.perf_counter() - start
+
+    def decode(self, new):
+        times, tokens = [], []
+        self.cpp.llama_memory_seq_rm(self.memory, 0, self.length, -1)
+        for _ in range(new):
+            tokens.append(self.feed([self.last, *tokens][-1:]))
+            times.append(time.perf_counter())
+        return between(times), tokens
+
+# ------------------------------------------------------------------------------------------- cases
 
 
-def compare(title, sides, pairs, prompt, args, new=NEW):
-    """Decode after `prompt` with all sides in turns; one line for each (name, ours, theirs, least)."""
-    def decode(side):
-        side(prompt[:8], 2)
-        return between(side(prompt, new)[0])
-    seconds = in_turns({name: lambda side=side: decode(side) for name, side in sides.items()},
-                       args.repeats)
-    header(title, "decode", "tokens/s", "against", "factor", "at least")
-    for name, left, right, target in pairs:
-        if left in seconds and right in seconds:
-            same = ""
-            if name.endswith("fp32"):
-                same = f", {agreement(sides[left](prompt, NEW)[1], sides[right](prompt, NEW)[1])}"
-            row(name, seconds[left], seconds[right], sides[right].about + same, target)
-    return seconds
-
-
-def compare_prompts(title, sides, pairs, vocabulary, args):
-    """Prompts of 512 tokens, up to the first new token."""
-    prompt = some_tokens(512, vocabulary)
-
-    def first_token(side):
-        side(prompt[:8], 2)
-        return side(prompt, 1)[0][0]
-    seconds = in_turns({name: lambda side=side: first_token(side) for name, side in sides.items()},
-                       args.repeats)
-    header(title, "prompt of 512", "tokens/s", "against", "factor", "at least")
-    for name, left, right, target in pairs:
-        if left in seconds and right in seconds:
-            row(name, seconds[left], seconds[right], sides[right].about, target, lambda s: 512 / s)
-
-
-def bare_products(models, seconds, args):
-    """The products of a token alone, by the fastest operator of each kind, and their part of a token."""
-    header("The time of the bare products over the time of a token", "GPT-2 124M", "operator",
-           "products, ms", "token, ms", "part", "at least")
-    passes = {}
-    for name, (dtype, weights, _) in models.items():
-        kind = fast.KINDS[weights]
-        linears = [torch.nn.Linear(*shape).to(DTYPES[dtype]) for shape in gpt2_shapes()]
-        for operator in sorted({operator for store in kind.STORES for operator in store}):
-            with torch.no_grad():
-                try:
-                    layers = [kind(linear, (operator,) * 3) for linear in linears]
-                    inputs = [torch.randn(1, 1, linear.in_features).to(DTYPES[dtype]) for linear in linears]
-                    layers[0](inputs[0])
-                except (RuntimeError, AttributeError):
-                    continue
-
-            def one_pass(layers=layers, inputs=inputs):
-                start = time.perf_counter()
-                with torch.no_grad():
-                    for layer, x in zip(layers, inputs):
-                        layer(x)
-                return time.perf_counter() - start
-            if min(one_pass() for _ in range(3)) < 0.2:
-                passes[name, operator] = one_pass
-    found = in_turns(passes, 3 * args.repeats)
-    for name, (_, _, target) in models.items():
-        products, operator = min((value, key[1]) for key, value in found.items() if key[0] == name)
-        print(f"| {name} | {operator} | {1e3 * products:.1f} | {1e3 * seconds[name]:.1f} | "
-              f"{products / seconds[name]:.2f} | {target} |", flush=True)
-
-
-def gpt2_shapes():
-    """(K, N) of the products of one token of GPT-2 124M."""
-    C = 768
-    return [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)] * 12 + [(C, 50257)]
-
-# ------------------------------------------------------------------------------------------- tables
-
-
-def rows_gpt(args, folder):
+def save(name, folder):
+    """The folder of random weights that both sides load; returns the model."""
     torch.manual_seed(0)
-    gpt.GPT(gpt.SIZES["gpt2"]).save_pretrained(folder)
-    prompt = some_tokens(64, 50257)
-    models = {"fp32": ("fp32", None, 0.82), "bf16": ("bf16", None, 0.75), "int8": ("bf16", "int8", 0.65),
-              "int4": ("bf16", "int4", 0.5)}
-    sides = {name: ours(folder, gpt.GPT, dtype, weights) for name, (dtype, weights, _) in models.items()}
-    sides["plain fp32"] = ours(folder, gpt.GPT, "fp32", plain=True)
-    sides |= {f"transformers {dtype}": transformers(folder, dtype, prompt) for dtype in DTYPES}
-    pairs = [("fp32", "fp32", "transformers fp32", 1.5), ("bf16", "bf16", "transformers bf16", 1.3),
-             ("int8", "int8", "transformers bf16", 2.4), ("int4", "int4", "transformers bf16", None),
-             ("--fast off, fp32", "plain fp32", "transformers fp32", None)]
-    seconds = compare("GPT-2 124M", sides, pairs, prompt, args)
-    compare_prompts("GPT-2 124M", sides, [(*pair[:3], least) for pair, least in
-                                          zip(pairs, (1.5, 1.2, None, None, None))], 50257, args)
-    bare_products(models, seconds, args)
-
-
-def rows_llama(args, folder):
-    torch.manual_seed(0)
-    model = llama3.Llama3(LLAMA)
+    model_class, config = MODELS[name]
+    if name != "rwkv6":
+        model = model_class(config)
+    else:                                    # its own start is slow to draw, and has dead paths
+        with torch.device("meta"):
+            model = model_class(config)
+        model = model.to_empty(device="cpu")
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                parameter.normal_(std=0.02)
+                if key.endswith("time_decay"):                          # decays of trained models
+                    parameter.uniform_(-6.0, -1.0)
+                elif ".ln" in key and key.endswith("weight"):
+                    parameter.fill_(1.0)
     model.save_pretrained(folder)
-    prompt = some_tokens(64, 32000)
-    sides = {"fp32": ours(folder, llama3.Llama3, "fp32"), "bf16": ours(folder, llama3.Llama3, "bf16"),
-             "int8": ours(folder, llama3.Llama3, "bf16", "int8"),
-             "int4": ours(folder, llama3.Llama3, "bf16", "int4")}
-    sides |= {f"transformers {dtype}": transformers(folder, dtype, prompt) for dtype in DTYPES}
-    pairs = [("fp32", "fp32", "transformers fp32", 1.5), ("bf16", "bf16", "transformers bf16", 1.25),
-             ("int8", "int8", "transformers bf16", None), ("int4", "int4", "transformers bf16", None)]
-    if args.llama_python:
-        side = llama_cpp(args.llama_python, model, folder)
-        for name, kind in (("fp32", "F32"), ("bf16", "BF16"), ("int8", "Q8_0"), ("int4", "Q4_0")):
-            sides[kind] = side(kind)
-            pairs.append((name, name, kind, 0.9))
-    compare("Llama 125M", sides, pairs, prompt, args)
-    least = {"fp32": 1.5, "bf16": 1.2}
-    compare_prompts("Llama 125M", sides, [
-        (*pair[:3], least.get(pair[0])) for pair in pairs], 32000, args)
+    return model
 
 
-def rows_long(args, folder):
-    """Decoding at context 4,000, and what unused slots of a cache cost."""
-    torch.manual_seed(0)
-    llama3.Llama3(LLAMA).save_pretrained(folder)
-    prompt = some_tokens(4000, 32000)
-    sides = {dtype: ours(folder, llama3.Llama3, dtype) for dtype in DTYPES}
-    sides |= {f"transformers {dtype}": transformers(folder, dtype, prompt) for dtype in DTYPES}
-    compare("Llama 125M at context 4,000", sides,
-            [("fp32", "fp32", "transformers fp32", 1.2), ("bf16", "bf16", "transformers bf16", 2.5)],
-            prompt, args)
-    header("Unused slots", "decode after 64 tokens", "tokens/s", "against", "factor", "at least")
-    few = {}
-    for dtype in DTYPES:
-        for slots in (128, 8192):
-            def run(model=sides[dtype].model, slots=slots):
-                times = []
-                model.generate([prompt[:64]], NEW, state=model.new_state(1, slots), temperature=0, stop=(),
-                               on_token=lambda row, token: times.append(time.perf_counter()))
-                return between(times)
-            few[dtype, slots] = run
-    seconds = in_turns(few, args.repeats)
-    for dtype in DTYPES:
-        row(f"{dtype}, 8,192 slots", seconds[dtype, 8192], seconds[dtype, 128], "128 slots", 1.0)
+def load(name, folder, kinds=KINDS):
+    """Both sides of a model: {"fp32": …, "their fp32": …}, said as they are loaded."""
+    model, other = save(name, folder), Package if name == "rwkv6" else Transformers
+    ours, makers = MODELS[name][0], {}
+    for kind in kinds:
+        makers[kind] = functools.partial(Ours, folder, ours, *KINDS[kind])
+        makers[f"their {KINDS[kind][0]}"] = functools.partial(other, folder, KINDS[kind][0])
+    if name == "llama" and kinds is KINDS:
+        for kind, code in {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}.items():
+            makers[f"llama.cpp {kind}"] = functools.partial(LlamaCpp, folder, model, code)
+    sides = {}
+    for side, make in makers.items():
+        try:
+            sides[side] = make()
+            print(f"  {side}: {sides[side].about}", flush=True)
+        except ImportError as error:
+            print(f"  {side}: left out, {error}", flush=True)
+    return sides
 
 
-def rows_batch(args, folder):
-    """16 prompts of 16 to 256 tokens, 32 new tokens each."""
-    torch.manual_seed(0)
-    gpt.GPT(gpt.SIZES["gpt2"]).save_pretrained(folder)
+def lines(sides, least):
+    """Each kind of ours against the same dtype of others, int8 and int4 against bf16."""
+    pairs = [(kind, kind, f"their {KINDS[kind][0]}", least.get(kind)) for kind in KINDS]
+    pairs += [(f"{kind}, llama.cpp", kind, f"llama.cpp {kind}", 0.9) for kind in KINDS]
+    return [pair for pair in pairs if pair[1] in sides and pair[2] in sides]
+
+
+def agreement(sides):
+    """How far the greedy tokens of both sides agree in fp32."""
+    ours, theirs = (sides[name].decode(NEW)[1] for name in ("fp32", "their fp32"))
+    same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), NEW)
+    return f"Greedy tokens in fp32: the first {same} of {NEW} are the same."
+
+
+def decode(name, folder):
+    """Decoding after 64 tokens; for GPT-2 also the products of a token alone."""
+    sides, vocabulary = load(name, folder), MODELS[name][1].vocab_size
+    for side in sides.values():
+        side.read(some_tokens(64, vocabulary))
+    timed = {name: lambda side=side: side.decode(NEW)[0] for name, side in sides.items()}
+    table = lines(sides, LEAST[name])
+    if name == "gpt2":
+        for kind, least in LEAST["products"].items():
+            timed[f"products {kind}"] = functools.partial(products, layers(sides[kind].model))
+            table.append((f"{kind}: time of the products over the time of a token", kind,
+                          f"products {kind}", least))
+    return Case(f"{TITLES[name]}, decoding: tokens/s", timed, table,
+                after=lambda: agreement(sides))
+
+
+def layers(model):
+    return [m for m in model.modules() if isinstance(m, (torch.nn.Linear, fast.Replacement))]
+
+
+@torch.no_grad()
+def products(layers):
+    """Seconds for these linear layers alone, one token each."""
+    widths = [getattr(layer, "in_features", None) or layer.shape[1] for layer in layers]
+    weight = getattr(layers[0], "weight", None)
+    plain = weight is not None and weight.is_floating_point()
+    inputs = [torch.ones(1, 1, width, dtype=weight.dtype if plain else torch.bfloat16)
+              for width in widths]
+    start = time.perf_counter()
+    for layer, x in zip(layers, inputs):
+        layer(x)
+    return time.perf_counter() - start
+
+
+def floor(folder):
+    """GPT-2's linear layers alone, by each of torch's products, against reading their bytes."""
+    model, sides, table = gpt.GPT(gpt.SIZES["gpt2"]), {}, []
+    for label, dtype, weights, bits in (("fp32", torch.float32, None, 32),
+                                        ("bf16", torch.bfloat16, None, 16),
+                                        ("int8", torch.bfloat16, "int8", 8),
+                                        ("int4", torch.bfloat16, "int4", 5)):
+        linears = layers(model.to(dtype))
+        numbers = torch.ones(sum(layer.weight.numel() for layer in linears) * bits // 32)
+        sides[f"reading {label}"] = functools.partial(reading, numbers)
+        for name, kind in {"F.linear": copy.deepcopy, **fast.KINDS[weights]}.items():
+            if weights and name == "F.linear" or label == "fp32" and kind is fast.Half:
+                continue                     # there is none, or it rounds
+            try:
+                made = [kind(layer) for layer in linears]
+                products(made)
+            except (RuntimeError, AttributeError):
+                continue                     # not on this machine
+            sides[f"{label} {name}"] = functools.partial(products, made)
+            table.append((f"{label}, {name}", f"{label} {name}", f"reading {label}", None))
+    return Case("GPT-2's linear layers alone against reading their bytes: tokens/s", sides, table)
+
+
+def reading(numbers):
+    """Seconds to read a tensor."""
+    start = time.perf_counter()
+    numbers.sum()
+    return time.perf_counter() - start
+
+
+def prompts(name, folder):
+    """Prompts of 512 tokens."""
+    sides, prompt = load(name, folder), some_tokens(512, MODELS[name][1].vocab_size)
+    timed = {name: lambda side=side: side.read(prompt) for name, side in sides.items()}
+    return Case(f"{TITLES[name]}, a prompt of 512: tokens/s", timed,
+                lines(sides, LEAST[f"{name}-prompt"]), 512)
+
+
+def long(dtype, folder):
+    """Decoding at context 4,000, and what unused slots of the cache cost."""
+    sides = load("llama", folder, [dtype])
+    for side in sides.values():
+        side.read(some_tokens(4000, 32000))
+    ours, roomy = sides[dtype], copy.copy(sides[dtype])
+    roomy.state = roomy.model.new_state(1, 8192)
+    for whole, part in zip(roomy.state, ours.state):
+        whole[tuple(map(slice, part.shape))] = part
+    sides["8,192 slots"] = roomy
+    return Case(f"Llama 125M in {dtype}, decoding at context 4,000: tokens/s",
+                {name: lambda side=side: side.decode(NEW)[0] for name, side in sides.items()},
+                [(dtype, dtype, f"their {dtype}", 1.2 if dtype == "fp32" else 2.5),
+                 (f"8,192 slots against {ours.state.capacity:,}", "8,192 slots", dtype, 1.0)])
+
+
+def batch(dtype, folder):
+    """16 prompts of 16 to 256 tokens, 16 new tokens each; the other side pads them."""
+    sides, texts = load("llama", folder, [dtype]), {}
     lengths = torch.linspace(16, 256, 16).long().tolist()
-    prompts = [some_tokens(length, 50257, seed) for seed, length in enumerate(lengths)]
-    longest = max(lengths)
-    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - length) + [1] * length for length in lengths])
-    header("16 prompts of 16 to 256 tokens, GPT-2 124M", "32 new tokens each", "tokens/s", "against",
-           "factor", "at least")
-    for dtype in DTYPES:
-        model = ours(folder, gpt.GPT, dtype).model
-        other = transformers(folder, dtype, prompts[0])
-        found = {}
+    rows = [some_tokens(length, 32000, seed) for seed, length in enumerate(lengths)]
+    padded = torch.tensor([[0] * (256 - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (256 - len(row)) + [1] * len(row) for row in rows])
 
-        def run(model=model, found=found):
-            start = time.perf_counter()
-            found["ours"] = model.generate(prompts, NEW, temperature=0, stop=())
-            return time.perf_counter() - start
+    def ours():
+        start = time.perf_counter()
+        texts["ours"] = sides[dtype].model.generate(rows, NEW, temperature=0, stop=())
+        return time.perf_counter() - start
 
-        def run_other(other=other.model, found=found):
-            start = time.perf_counter()
-            out = other.generate(padded, attention_mask=mask, max_new_tokens=NEW, do_sample=False,
-                                 eos_token_id=None, pad_token_id=0)
-            found["theirs"] = out[:, longest:].tolist()
-            return time.perf_counter() - start
-        seconds = in_turns({"ours": run, "theirs": run_other}, args.repeats)
-        same = sum(a == b for a, b in zip(found["ours"], found["theirs"]))
-        row(dtype, seconds["ours"], seconds["theirs"], f"transformers, padded; {same} of 16 texts the same",
-            1.5, lambda s: 16 * NEW / s)
+    def theirs():
+        start = time.perf_counter()
+        out = sides[f"their {dtype}"].model.generate(
+            padded, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None,
+            pad_token_id=0)
+        texts["theirs"] = out[:, 256:].tolist()
+        return time.perf_counter() - start
 
-
-def rows_rwkv(args, folder):
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = rwkv6.RWKV6(rwkv6.RWKV6Config.sized(12, 768, 65536, 1024))
-    model = model.to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02)
-        for name, parameter in model.named_parameters():                # decays as in trained models
-            if name.endswith("time_decay"):
-                parameter.uniform_(-6.0, -1.0)
-            if ".ln" in name or name.startswith("ln") and name.endswith("weight"):
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    model.save_pretrained(folder)
-    sides = {dtype: ours(folder, rwkv6.RWKV6, dtype) for dtype in DTYPES}
-    sides["int8"] = ours(folder, rwkv6.RWKV6, "bf16", "int8")
-    sides |= {f"rwkv {dtype}": rwkv_package(folder / "model.pth", dtype) for dtype in DTYPES}
-    pairs = [("fp32", "fp32", "rwkv fp32", 1.6), ("bf16", "bf16", "rwkv bf16", 1.2),
-             ("int8", "int8", "rwkv bf16", None)]
-    compare("RWKV-6 197M", sides, pairs, some_tokens(64, 65536), args)
-    compare_prompts("RWKV-6 197M", sides, [(*pair[:3], 1.5) for pair in pairs], 65536, args)
+    def same():
+        count = sum(a == b for a, b in zip(texts["ours"], texts["theirs"]))
+        return f"{count} of 16 continuations are the same."
+    return Case(f"Llama 125M in {dtype}, 16 prompts of 16 to 256, 16 new each: tokens/s",
+                {"ours": ours, "theirs": theirs}, [(dtype, "ours", "theirs", 1.5)], 16 * NEW, same)
 
 
 MINIMAL = """import sys, torch
@@ -466,100 +429,136 @@ print(tokenizer.decode(model.generate(**tokens, max_new_tokens=1, do_sample=Fals
 """
 
 
-def rows_start(args, folder):
+def start(folder):
     """From the command line to the first token, with a checkpoint of 500 MB."""
     import tokenizer as text
-    torch.manual_seed(0)
-    gpt.GPT(gpt.SIZES["gpt2"]).save_pretrained(folder)
+    save("gpt2", folder)
     text.train_bpe([(ROOT / "tokenizer.py").read_text(encoding="utf-8")], 1000).save(folder)
     ask = "def forward(self, x):"
-    commands = {"ours": [sys.executable, "chat.py", str(folder), "--prompt", ask, "--max-new-tokens", "1",
-                         "--temperature", "0"],
-                "theirs": [sys.executable, "-c", MINIMAL, str(folder), ask]}
+    ours = ["chat.py", folder, "--prompt", ask, "--max-new-tokens", "1", "--temperature", "0"]
 
-    def run(command):
+    def run(arguments):
         start = time.perf_counter()
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
         return time.perf_counter() - start
-    seconds = in_turns({name: lambda command=command: run(command) for name, command in commands.items()},
-                       args.repeats)
-    header("Command line to first token, a checkpoint of 500 MB", "", "seconds", "against", "factor",
-           "at least")
-    row("chat.py --prompt", seconds["ours"], seconds["theirs"], "a script of 5 lines with transformers", 1.0,
-        lambda s: s)
+    return Case("Command line to first token, a checkpoint of 500 MB: runs per second",
+                {"ours": lambda: run(ours), "theirs": lambda: run(["-c", MINIMAL, folder, ask])},
+                [("chat.py --prompt against a minimal transformers script", "ours", "theirs", 1.0)])
+
+
+CASES = {"floor": floor} | {name: functools.partial(decode, name) for name in MODELS}
+CASES |= {f"{name}-prompt": functools.partial(prompts, name) for name in MODELS}
+CASES |= {f"{case.__name__}-{dtype}": functools.partial(case, dtype)
+          for case in (long, batch) for dtype in DTYPES} | {"start": start}
+
+# --------------------------------------------------------------------------------------- measuring
+
+
+def in_turns(functions, repeats):
+    """{name: `repeats` values} of functions that take turns, each called once before.
+
+    Where that first call takes more than SLOW seconds, its value is all that is measured.
+    """
+    values = {}
+    for name, function in functions.items():
+        begin = time.perf_counter()
+        value = function()
+        values[name] = [value] if time.perf_counter() - begin > SLOW else []
+    slow = [name for name, found in values.items() if found]
+    for _ in range(repeats):
+        for name, function in functions.items():
+            if name not in slow:
+                values[name].append(function())
+    if slow:
+        print(f"  measured once, taking more than {SLOW} s: {', '.join(slow)}", flush=True)
+    return values
+
+
+def table(title, columns, rows):
+    print(f"\n{title}\n\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), flush=True)
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+    print(flush=True)
+
+
+def report(case, repeats):
+    """Measure a case and print its table."""
+    values = in_turns(case.sides, repeats)
+    seconds = {name: statistics.median(found) for name, found in values.items()}
+    best = {name: min(found) for name, found in values.items()}
+    table(case.title, ["", "ours", "theirs", "factor", "of the best turns", "at least"],
+          [(label, f"{case.tokens / seconds[ours]:.3g}", f"{case.tokens / seconds[theirs]:.3g}",
+            f"{seconds[theirs] / seconds[ours]:.2f}", f"{best[theirs] / best[ours]:.2f}",
+            least or "") for label, ours, theirs, least in case.lines])
+    if case.after:
+        print(case.after(), flush=True)
 
 
 @torch.no_grad()
 def quality(args):
-    """Perplexity on held-out text, and the distance from the distributions of the stored weights."""
+    """Perplexity on held-out text, and the distance from what the stored weights predict."""
     import tokenizer as text
     from checkpoints import load_checkpoint
     tokenizer = text.load_tokenizer(args.quality)
     files = args.text or sorted([*ROOT.glob("*.py"), *ROOT.glob("lineage/*.py")])
-    tokens = [token for file in files for token in tokenizer.encode(file.read_text(encoding="utf-8"))]
-    model = load_checkpoint(args.quality)
-    length = min(model.config.context or 512, 512)
-    blocks = torch.tensor(tokens[:len(tokens) // length * length][:args.tokens]).view(-1, length)
-
-    def log_probabilities(model):
-        for block in blocks:
-            yield block[1:], model(block[None])[0, :-1].float().log_softmax(-1)
-    header(f"Quality of {args.quality}: {blocks.numel():,} tokens of {files[0].name} to {files[-1].name}",
-           "weights", "perplexity", "change", "KL, nats/token", "the same most likely token")
-    stored = [(right, log_p.half()) for right, log_p in log_probabilities(model)]
-    base = -sum(log_p.float().gather(1, right[:, None]).sum() for right, log_p in stored)
-    count = sum(len(right) for right, _ in stored)
-    print(f"| as stored | {(base / count).exp():.3f} | | | |", flush=True)
+    tokens = [token for file in files
+              for token in tokenizer.encode(file.read_text(encoding="utf-8"))]
+    model, rows = load_checkpoint(args.quality), []
+    blocks = [block for block in torch.tensor(tokens[:args.tokens]).split(
+        min(model.config.context or 512, 512)) if len(block) > 1]
+    count = sum(len(block) - 1 for block in blocks)
     for weights in ("int8", "int4"):
-        model = load_checkpoint(args.quality)
-        fast.accelerate(model, weights)
-        loss = divergence = same = 0.0
-        for (right, log_p), (_, log_q) in zip(stored, log_probabilities(model)):
-            loss -= log_q.gather(1, right[:, None]).sum()
-            divergence += F.kl_div(log_q, log_p.float(), log_target=True, reduction="sum")
-            same += (log_q.argmax(-1) == log_p.argmax(-1)).sum()
-        print(f"| {weights} | {(loss / count).exp():.3f} | {((loss - base) / count).exp() - 1:+.2%} | "
-              f"{divergence / count:.5f} | {same / count:.1%} |", flush=True)
+        other = load_checkpoint(args.quality)
+        fast.accelerate(other, weights)
+        base = loss = divergence = same = 0.0
+        for block in blocks:
+            p, q = (m(block[None])[0, :-1].float().log_softmax(-1) for m in (model, other))
+            base += F.nll_loss(p, block[1:], reduction="sum").item()
+            loss += F.nll_loss(q, block[1:], reduction="sum").item()
+            divergence += F.kl_div(q, p, log_target=True, reduction="sum").item()
+            same += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        stored, found = (torch.tensor(total / count).exp().item() for total in (base, loss))
+        rows.append((weights, f"{found:.3f}", f"{found / stored - 1:+.2%}",
+                     f"{divergence / count:.5f}", f"{same / count:.1%}"))
+    table(f"Quality of {args.quality}: {count:,} tokens of {files[0].name} to {files[-1].name}",
+          ["weights", "perplexity", "change", "KL, nats/token", "the same most likely token"],
+          [("as stored", f"{stored:.3f}", "", "", ""), *rows])
 
 
-TABLES = {"gpt": rows_gpt, "llama": rows_llama, "long": rows_long, "batch": rows_batch, "rwkv": rows_rwkv,
-          "start": rows_start}
-
-
-def versions():
-    """The machine, and what is compared."""
+def header() -> str:
+    """Command, date, machine, and the versions of what is compared."""
     from importlib.metadata import PackageNotFoundError, version
     told = []
-    for package in ("torch", "transformers", "rwkv"):
+    for package in ("torch", "transformers", "rwkv", "llama-cpp-python"):
         try:
             told.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             told.append(f"no {package}")
-    return (f"{os.cpu_count()} cores ({fast.processor()}), {torch.get_num_threads()} threads; "
-            f"{platform.system()}, Python {platform.python_version()}, {', '.join(told)}")
+    return (f"python bench/generate.py {' '.join(sys.argv[1:])}\n{datetime.date.today()}, "
+            f"{os.cpu_count()} cores ({fast.processor()}), {torch.get_num_threads()} threads; "
+            f"{platform.system()}, Python {platform.python_version()}, {', '.join(told)}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", default=",".join(TABLES), help=f"of {', '.join(TABLES)} (all)")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} (all)")
     parser.add_argument("--repeats", type=int, default=7, help="turns of every side (7)")
     parser.add_argument("--threads", type=int, help="of both sides (as torch chooses)")
-    parser.add_argument("--llama-python", metavar="PYTHON", help="one that has llama-cpp-python and gguf")
-    parser.add_argument("--quality", type=Path, metavar="DIR", help="a trained checkpoint; no speed then")
-    parser.add_argument("--text", type=Path, nargs="*", metavar="FILE", help="held-out text of --quality")
-    parser.add_argument("--tokens", type=int, default=16384, help="of held-out text (16384)")
+    parser.add_argument("--quality", type=Path, metavar="DIR", help="a trained checkpoint")
+    parser.add_argument("--text", type=Path, nargs="*", metavar="FILE", help="text of --quality")
+    parser.add_argument("--tokens", type=int, default=16384, help="of that text (16384)")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    if unknown := {*args.rows.split(",")} - {*TABLES}:
-        parser.error(f"--rows {', '.join(unknown)}: one of {', '.join(TABLES)}")
-    print(versions(), flush=True)
+    if unknown := {*args.cases} - {*CASES}:
+        parser.error(f"{', '.join(unknown)}: the cases are {', '.join(CASES)}")
+    print(header(), flush=True)
     if args.quality:
         quality(args)
         return
-    for name in args.rows.split(","):
+    for name in args.cases or CASES:
         with tempfile.TemporaryDirectory() as folder:
-            TABLES[name](args, Path(folder))
+            report(CASES[name](Path(folder)), args.repeats)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ the first half of this file makes products faster or weights smaller, and the se
 read of the weights check several proposed tokens.
 """
 import contextlib
+import functools
 import json
+import math
 import os
 import platform
 import re
 import statistics
 import time
+import warnings
 from collections import deque
 from pathlib import Path
 
@@ -26,218 +29,283 @@ from torch.nn import functional as F
 # ----------------------------------------------------------------------------------- linear layers
 # N outputs   K inputs   G group size of int4   n rows of the weight, some of N
 
-ROWS = 1, 8, 64         # operators are measured on a new token, a small batch and a prompt,
-LIMITS = 3, 24          # and used for up to 3 rows, up to 24, and more
-
 
 class Replacement(nn.Module):
-    """x Wᵀ + b, as the nn.Linear that it replaces. operators: one for each of ROWS, by name:
+    """x Wᵀ + b, as the nn.Linear that it replaces, for inputs that want no gradient of W."""
+    MOST = math.inf                          # of more inputs at once, W is multiplied in blocks
 
-        plain        F.linear. It is what runs whenever gradients are recorded
-        transposed   F.linear on a copy of the weight that is stored as (K, N)
-        special      an operator of torch for this kind of weight, see `special`
-        fp32         block by block in fp32: for CPUs whose arithmetic is slow in 16 bits
-    """
-    STORES = (("plain", "special", "fp32"),)    # which operators can share one storage
-
-    def __init__(self, linear: nn.Linear, operators: tuple[str, str, str]):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.operators, self.shape, self.bias = operators, linear.weight.shape, linear.bias
+        self.shape = linear.weight.shape
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    @staticmethod
+    def holds(weight: Tensor) -> bool:
+        """Whether this kind can hold a weight."""
+        return True
 
     def forward(self, x: Tensor) -> Tensor:
-        count = x.numel() // self.shape[1]
-        operator = self.operators[sum(count > limit for limit in LIMITS)]
-        if torch.is_grad_enabled():
-            operator = "plain"
-        if operator == "special":
-            return self.special(x)
-        if operator == "fp32":               # blocks of the weight that fit the processor's cache
-            step, x32 = max(1, 2 ** 20 // self.shape[1]), x.float()
-            blocks = [F.linear(x32, self.rows(i, i + step)) for i in range(0, self.shape[0], step)]
-            y = torch.cat(blocks, -1)
-            return (y if self.bias is None else y + self.bias).to(x.dtype)
-        return self.plain(x)
+        inputs = x.reshape(-1, self.shape[1])
+        if not 0 < len(inputs) <= self.MOST or torch.is_grad_enabled():
+            y = self.in_blocks(inputs)
+        else:
+            y = self.product(inputs)
+        return y.to(x.dtype).view(*x.shape[:-1], self.shape[0])
 
-
-class Linear(Replacement):
-    """The same parameters; one more operator is oneDNN's product, on weights as they are."""
-    STORES = (*Replacement.STORES, ("transposed",))
-    SPECIAL = "oneDNN"
-
-    def __init__(self, linear: nn.Linear, operators):
-        super().__init__(linear, operators)
-        self.weight = linear.weight
-        if "transposed" in operators:
-            weight = self.weight.detach().t().contiguous().t()
-            self.weight = nn.Parameter(weight, self.weight.requires_grad)
+    def product(self, x: Tensor) -> Tensor:
+        """(inputs, K) -> (inputs, N), by an operator of torch that reads the stored weight."""
+        raise NotImplementedError
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of W in fp32."""
-        return self.weight[start:stop].float()
+        raise NotImplementedError
 
-    def plain(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    def special(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype:     # under autocast
-            return self.plain(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-class Quantised(Replacement):
-    """Fewer bits per weight; torch's operators read them with activations in bf16."""
-    SPECIAL = "torch's"
-
-    def __init__(self, linear: nn.Linear, operators):
-        super().__init__(linear, operators)
-        step = max(64, 2 ** 18 // self.shape[1] // 64 * 64)             # rows, to bound memory
-        with torch.no_grad():
-            parts = [self.quantise(rows.float()) for rows in linear.weight.split(step)]
-        weight, scale = zip(*parts)
-        self.register_buffer("weight", torch.cat(weight), persistent=False)
-        self.register_buffer("scale", torch.cat(scale, self.SCALE_AXIS), persistent=False)
-
-    def plain(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.rows(0, self.shape[0]).to(x.dtype), self.bias)
-
-    def special(self, x: Tensor) -> Tensor:
-        # a copy: torch's int8 operator crashes on rows that do not begin at multiples of 32 bytes
-        rows = x.reshape(-1, self.shape[1]).to(torch.bfloat16, copy=True)
-        if self.padding:
-            rows = F.pad(rows, (0, self.padding))
-        y = self.product(rows.contiguous())[:, :self.shape[0]].to(x.dtype)
-        y = y.reshape(*x.shape[:-1], self.shape[0])
+    def in_blocks(self, x: Tensor) -> Tensor:
+        """The same through blocks of W that fit a cache, in a dtype that this CPU is fast in."""
+        wide = x if x.device.type != "cpu" or product_in_bf16() else x.float()
+        step = max(64, 2 ** 18 // self.shape[1] // 64 * 64)
+        y = torch.cat([F.linear(wide, self.rows(i, i + step).to(wide.dtype))
+                       for i in range(0, self.shape[0], step)], -1)
         return y if self.bias is None else y + self.bias
 
 
-class Int8(Quantised):
-    """W = weight * scale: 8 bits per weight, and a scale for each row."""
-    SCALE_AXIS = 0
+def product_in_bf16() -> bool:
+    """Whether oneDNN has products in bf16 here (AVX512 or newer)."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
-    def quantise(self, w: Tensor):
-        """(n, K) fp32 -> weight (n, K) int8, scale (n,) bf16. A scale is rounded before it is used.
 
-        K is padded with zeros to whole vectors of the operator.
-        """
-        self.padding = -w.shape[1] % 32
-        scale = (w.abs().amax(1) / 127).clamp(min=1e-30).bfloat16()
-        weight = (w / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-        return F.pad(weight, (0, self.padding)), scale
+class OneDNN(Replacement):
+    """The same numbers, in the order in which oneDNN's product reads them."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.weight.to_dense()[start:stop].float()
+
+    def product(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class Half(Replacement):
+    """fp16 in FBGEMM's layout, multiplied in fp32: for CPUs that have no products in 16 bits."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        bias = None if self.bias is None else self.bias.float()
+        self.packs = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach().float(), bias)
+
+    @staticmethod
+    def holds(weight: Tensor) -> bool:
+        """fp16 is exact but for what bf16 has below 2 ** -17, and ends at 65504."""
+        return all((part.half() - part).norm() <= 2 ** -16 * part.norm()
+                   for part in weight.detach().float().split(1024))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return torch.ops.quantized.linear_unpack_fp16(self.packs)[0][start:stop].float()
+
+    def product(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packs)
+
+
+class Int8(Replacement):
+    """W = weight * scale: 8 bits per weight and a scale for each row. Multiplied in bf16."""
+    MOST = 32
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        self.padding = -linear.in_features % 32                         # to whole vectors
+        w = linear.weight.detach().float()
+        # a scale is rounded before it is used
+        self.scale = (w.abs().amax(1) / 127).clamp(min=1e-30).bfloat16()
+        w = (w / self.scale.float()[:, None]).round_().clamp_(-127, 127)
+        self.weight = F.pad(w.to(torch.int8), (0, self.padding))
 
     def rows(self, start: int, stop: int) -> Tensor:
         weight = self.weight[start:stop, :self.shape[1]].float()
         return weight * self.scale[start:stop, None].float()
 
     def product(self, x: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
+        x = x.bfloat16()
+        if self.padding:
+            x = F.pad(x, (0, self.padding))
+        elif x.data_ptr() % 32:              # the operator crashes there
+            x = x.clone()
+        y = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.weight, self.scale)
+        return y if self.bias is None else y + self.bias
 
 
-class Int4(Quantised):
+class Int8Pairs(Replacement):
+    """The same for CPUs with AVX2, by FBGEMM's product of 8-bit inputs and 8-bit weights.
+
+    AVX2 adds two products of 8 bits in 16 bits: a scale is so large that the two neighbours
+    cannot overflow. 8 bits are too few for inputs that hold outliers, so each input becomes two,
+    256 apart. Both are multiplied by one read of the weights, at almost no cost.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        w = linear.weight.detach().float()
+        pairs = F.pad(w, (0, w.shape[1] % 2)).abs().unflatten(1, (-1, 2)).sum(-1)
+        scale = torch.maximum(w.abs().amax(1) / 127, pairs.amax(1) / 127).clamp(min=1e-30)
+        bias = None if self.bias is None else self.bias.float() / (1 + 1 / 256)     # added twice
+        with warnings.catch_warnings():      # of an interface that may go
+            warnings.simplefilter("ignore")
+            weight = torch.quantize_per_channel(w, scale.double(), torch.zeros(len(w)).long(), 0,
+                                                torch.qint8)
+        self.packs = torch.ops.quantized.linear_prepack(weight, bias)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return torch.ops.quantized.linear_unpack(self.packs)[0][start:stop].dequantize()
+
+    def product(self, x: Tensor) -> Tensor:
+        x = x.float()
+        step = (torch.linalg.vector_norm(x, math.inf).item() or 1.0) / 127
+        high = torch.fake_quantize_per_tensor_affine(x, step, 0, -127, 127)
+        both = torch.cat([high, torch.sub(x, high).mul_(256)])          # ± 127, ± 128 steps
+        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            both, step, 128, self.packs)
+        return torch.add(y[:len(x)], y[len(x):], alpha=1 / 256)
+
+
+class Int4(Replacement):
     """W = weight * scale + zero with weight in -8 ... 7, scale and zero for each G inputs of a row.
 
     4 bits per weight, and 32 bits for a scale and a zero: 5 bits in all with G = 32.
     """
-    STORES = (("special",), ("plain", "fp32"))
+    MOST = 256                               # to undo `pack` takes long
     GROUP = 32                               # torch's operator also has 64, 128 and 256
 
-    def __init__(self, linear: nn.Linear, operators):
-        self.SCALE_AXIS = int("special" in operators)                   # see quantise
-        super().__init__(linear, operators)
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        self.padding = -self.shape[1] % self.GROUP
+        parts = [self.quantise(rows) for rows in linear.weight.detach().split(4096)]
+        weight, scale = zip(*parts)
+        self.weight = torch.cat(weight)                                 # (N, K / 2), see pack
+        self.scale = torch.cat(scale).transpose(0, 1).contiguous()      # (K / G, N, 2)
 
     def quantise(self, w: Tensor):
-        """(n, K) fp32 -> weight (n, K / 2) uint8, two in a byte, and scale (n, K / G, 2) bf16.
-
-        torch's operator has a layout of its own, n in multiples of 64, and scale (K / G, n, 2).
-        """
-        special = "special" in self.operators
-        self.padding = -w.shape[1] % self.GROUP
-        w = F.pad(w, (0, self.padding, 0, -len(w) % 64 if special else 0))
-        w = w.unflatten(1, (-1, self.GROUP))                            # (n, K / G, G)
+        w = F.pad(w.float(), (0, self.padding, 0, -len(w) % 64)).unflatten(1, (-1, self.GROUP))
         low, high = w.aminmax(dim=-1, keepdim=True)                     # (n, K / G, 1)
         scale = ((high - low) / 15).clamp(min=1e-30).bfloat16()
         zero = (low + 8 * scale.float()).bfloat16()
         weight = ((w - zero.float()) / scale.float()).round_().clamp_(-8, 7).add_(8).flatten(1)
-        scale = torch.cat([scale, zero], -1)                            # (n, K / G, 2)
-        if special:
-            pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-            return pack(weight.int(), 1), scale.transpose(0, 1)
-        weight = weight.to(torch.uint8)
-        return weight[:, ::2] | weight[:, 1::2] << 4, scale
+        return pack(weight), torch.cat([scale, zero], -1)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        N, K = self.shape
-        if "special" in self.operators:      # in torch's layout: multiply by the identity
-            eye = torch.eye(K, K + self.padding, dtype=torch.bfloat16)
-            return self.product(eye)[:, start:min(stop, N)].t().float()
-        bytes = self.weight[start:stop]                                 # (n, K / 2)
-        weight = torch.stack([bytes & 15, bytes >> 4], -1).flatten(1).unflatten(1, (-1, self.GROUP))
-        scale, zero = self.scale[start:stop].float().split(1, -1)       # (n, K / G, 1)
-        return ((weight.float() - 8) * scale + zero).flatten(1)[:, :K]
+        """start is a multiple of 64."""
+        bytes, K = self.weight[start:stop + -stop % 64], self.shape[1] + self.padding
+        weight = torch.stack([bytes & 15, bytes >> 4], -1).view(-1, 64 * K)
+        weight = weight.index_select(1, order(K, bytes.device)).view(-1, K // self.GROUP,
+                                                                     self.GROUP)
+        scale, zero = self.scale[:, start:start + len(weight)].transpose(0, 1).float().split(1, -1)
+        weight = ((weight.float() - 8) * scale + zero).flatten(1)
+        return weight[:min(stop, self.shape[0]) - start, :self.shape[1]]
 
     def product(self, x: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, self.GROUP, self.scale)
+        x = F.pad(x.bfloat16(), (0, self.padding))
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, self.GROUP, self.scale)
+        return y[:, :self.shape[0]] if self.bias is None else y[:, :self.shape[0]] + self.bias
 
 
-KINDS = {None: Linear, "int8": Int8, "int4": Int4}
+def pack(weight: Tensor) -> Tensor:
+    """(n, K) values 0 ... 15 -> (n, K / 2) bytes, n a multiple of 64: on CPUs as torch's operator
+    wants them, which depends on the CPU."""
+    try:
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.int(), 1)
+    except (NotImplementedError, AttributeError):
+        weight = weight.to(torch.uint8)
+        return weight[:, ::2] | weight[:, 1::2] << 4
+
+
+@functools.cache
+def order(K: int, device) -> Tensor:
+    """(64 K,) where `pack` puts each value of 64 rows: found by packing the places' own digits."""
+    place = torch.arange(64 * K, device=device).view(64, K)
+    found = torch.zeros(64 * K, dtype=torch.int64, device=device)
+    for shift in range(0, (64 * K).bit_length(), 4):
+        bytes = pack(place >> shift & 15)
+        found += torch.stack([bytes & 15, bytes >> 4], -1).view(-1).long() << shift
+    return found.argsort()
+
+
+class Int8Blocks(Int8):
+    """Int8 without its operator."""
+    MOST = -1
+
+
+class Int4Blocks(Int4):
+    """Int4 without its operator."""
+    MOST = -1
+
+
+KINDS = {None: {"oneDNN's": OneDNN, "FBGEMM's fp16": Half},
+         "int8": {"plain": Int8Blocks, "torch's": Int8, "FBGEMM's": Int8Pairs},
+         "int4": {"plain": Int4Blocks, "torch's": Int4}}
+TOKENS = 1, 64                               # operators are measured on a new token and a prompt
 
 
 def accelerate(model: nn.Module, weights: str | None = None, fast: str = "auto") -> str:
     """Replace every nn.Linear of a model, for generation; returns a line that says by what and why.
 
-    weights: "int8" or "int4", or None: as they are. fast: "auto" takes the operators that are
+    weights: "int8" or "int4", or None: as they are. fast: "auto" takes the products that are
     quickest on this machine, measured once; "off" plain ones. A tied head is replaced like any
     other layer, and the embedding table stays as it is. Not for a model to be saved or trained.
     """
-    kind = KINDS[weights]
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     device, dtype = linears[0].weight.device.type, linears[0].weight.dtype
-    operators, why = ("plain",) * len(ROWS), "--fast off"
+    name, why = "plain", "--fast off"
     if fast != "off" and device != "cpu":
-        why = f"other operators are for CPUs, this is {device}"
+        why = f"other products are for CPUs, this is {device}"
     elif fast != "off":
-        operators, why = choose(kind, timings(linears, weights))
-    if weights or set(operators) != {"plain"}:
-        for parent in [*model.modules()]:
-            for name, child in [*parent.named_children()]:
-                if type(child) is nn.Linear:
-                    setattr(parent, name, kind(child, operators))
+        name, why = choose(timings(linears, weights), weights)
+    kind, kept = KINDS[weights].get(name), 0
+    for parent in [*model.modules()] if kind else []:
+        for name, child in [*parent.named_children()]:
+            if type(child) is nn.Linear:
+                if kind.holds(child.weight):
+                    setattr(parent, name, kind(child))
+                else:
+                    kept += 1
+    if kept:
+        why += f"; {kept} layers stay as they were, fp16 cannot hold them"
     return f"{weights or str(dtype).removeprefix('torch.')} weights, {why}"
 
 
-def choose(kind: type, times: dict[str, list[float]]) -> tuple[tuple[str, ...], str]:
-    """(operators, why): of the operators that share a storage, the quickest for each of ROWS."""
-    best, chosen = float("inf"), None
-    for store in kind.STORES:
-        here = [name for name in store if name in times]
-        if here:                             # a gain of less than 5 % is noise: then plain
-            names = [min(here, key=lambda name: times[name][i] * (0.95 if name == "plain" else 1))
-                     for i in range(len(ROWS))]
-            total = sum(times[name][i] / ROWS[i] for i, name in enumerate(names))
-            if total < 0.95 * best:
-                best, chosen = total, tuple(names)
-    token, batch, prompt = (times["replaced"][i] / times[name][i] for i, name in enumerate(chosen))
-    labels = dict.fromkeys(kind.SPECIAL if name == "special" else name for name in chosen)
-    slower = "; SLOWER than without" if token < 0.95 else ""
-    return chosen, (f"{' / '.join(labels)} products: {token:.2f} x the speed of plain ones for a "
-                    f"new token, {batch:.2f} x in small batches, {prompt:.2f} x in prompts, as "
-                    f"measured here{slower}")
+def choose(times: dict[str, list[float]], weights: str | None) -> tuple[str, str]:
+    """(name, why): the quickest for a reply of 100 tokens to a prompt of 400."""
+    def reply(name):                         # a gain of less than 5 % is noise
+        token, prompt = times[name]
+        return (100 * token + 400 / TOKENS[1] * prompt) * (0.95 if name == "linear" else 1)
+    without = min(times.keys() & {"linear", *KINDS[None]}, key=reply)
+    if weights is None and without == "linear":
+        return "plain", "torch's own products: no others are quicker here, as measured"
+    name = min(times.keys() & {*KINDS[weights]}, key=reply)
+    other = "linear" if weights is None else without
+    token, prompt = (a / b for a, b in zip(times[other], times[name]))
+    slower = "; SLOWER than without" if weights and token < 0.95 else ""
+    return name, (f"{name} products: {token:.2f} x the speed of "
+                  f"{'plain' if weights is None else 'unquantised'} ones for a new token, "
+                  f"{prompt:.2f} x in prompts, as measured here{slower}")
 
 
 def timings(linears: list[nn.Linear], weights: str | None) -> dict[str, list[float]]:
-    """{operator: [seconds for 1, 8, 64 rows]} through layers like these; "replaced": the layers.
+    """{products: [seconds for 1 and 64 tokens]} of layers like these; "linear": the layers.
 
-    Measured once for a processor, a torch and a set of shapes, and kept in the user's cache folder.
-    An operator that is missing here, or refuses this dtype, is left out.
+    With those of unquantised weights, to compare. Measured once for a processor, a torch and a set
+    of shapes, and kept in the user's cache folder. Products that are missing here, or refuse this
+    dtype, are left out.
     """
     some = first(linears, 2 ** 25)           # more than the processor's cache holds
-    dtype = some[0].weight.dtype
-    names = {name for store in KINDS[weights].STORES for name in store}
-    if weights is None:
-        names -= {"fp32"} if dtype == torch.float32 else {"transposed"}
+    some.append(part(linears[-1], 2 ** 24))  # of the head, which is larger than the others
+    dtype, kinds = some[0].weight.dtype, KINDS[None] | KINDS[weights]
+    if dtype == torch.float32:
+        kinds.pop("FBGEMM's fp16")           # rounds
     shapes = sorted({"x".join(map(str, layer.weight.shape)) for layer in some})
     key = (f"torch {torch.__version__}, {processor()}, {torch.get_num_threads()} threads, "
-           f"{dtype}, {weights}, {' '.join(shapes)}")
-    return remembered(key, lambda: measure(some, KINDS[weights], sorted(names)))
+           f"{dtype}, {weights}, {', '.join(kinds)}, {' '.join(shapes)}")
+    return remembered(key, lambda: measure(some, kinds))
 
 
 def first(linears: list[nn.Linear], size: int) -> list[nn.Linear]:
@@ -249,33 +317,41 @@ def first(linears: list[nn.Linear], size: int) -> list[nn.Linear]:
     return some
 
 
+def part(linear: nn.Linear, size: int) -> nn.Linear:
+    """The first outputs of a layer, with at most this number of weights."""
+    weight = linear.weight.detach()[:max(1, size // linear.in_features)]
+    some = nn.Linear(linear.in_features, len(weight), bias=False, device="meta")
+    some.weight = nn.Parameter(weight)
+    return some
+
+
 @torch.inference_mode()
-def measure(linears: list[nn.Linear], kind: type, names: list[str]) -> dict[str, list[float]]:
-    """The best of some passes of each operator that gives the right result, in turns."""
-    layers = {"replaced": linears}
-    inputs = [[torch.randn(rows, linear.in_features).to(linear.weight.dtype)
-               for linear in (linears if rows == 1 else first(linears, 2 ** 22))] for rows in ROWS]
-    right = [F.linear(x, linears[0].weight, linears[0].bias).float() for x, *_ in inputs]
-    for name in names:                       # a trial call for each number of rows
-        try:
-            made = [kind(linear, (name,) * len(ROWS)) for linear in linears]
-            for (x, *_), expected in zip(inputs, right):
-                error = (made[0](x).float() - expected).norm() / expected.norm()
-                if not error < 0.3:          # int4 of random weights has 0.1; NaN is no number
-                    raise RuntimeError(f"{name}: relative error {error}")
-            layers[name] = made
-        except (RuntimeError, AttributeError):
-            continue
-    times = {name: [float("inf")] * len(ROWS) for name in layers}
-    for i, rows in enumerate(ROWS):
-        for turn in range(15 if rows == 1 else 5):
+def measure(linears: list[nn.Linear], kinds: dict[str, type]) -> dict[str, list[float]]:
+    """The best of some passes of each kind that gives the right result, in turns."""
+    x = [torch.randn(1, linear.in_features).to(linear.weight.dtype) for linear in linears]
+    right, layers = F.linear(x[0], linears[0].weight, linears[0].bias).float(), {"linear": linears}
+    for name, kind in kinds.items():         # a trial call
+        with contextlib.suppress(RuntimeError, AttributeError):
+            made = [kind(linear) for linear in linears]
+            error = (made[0](x[0]).float() - right).norm() / right.norm()
+            if error < 0.3:                  # int4 of random weights has 0.1; NaN is no number
+                layers[name] = made
+    times, size = {name: [] for name in layers}, sum(layer.weight.numel() for layer in linears)
+    for tokens in TOKENS:
+        # a prompt's time is arithmetic, which needs fewer layers
+        used = linears if tokens == 1 else first(linears, 2 ** 22)
+        share = sum(layer.weight.numel() for layer in used) / size
+        best = dict.fromkeys(layers, math.inf)
+        for turn in range(15):
             for name, made in layers.items():
-                if turn > 1 and times[name][i] > 3 * min(found[i] for found in times.values()):
+                if turn > 4 and best[name] > 3 * min(best.values()):
                     continue                 # it will not win
                 start = time.perf_counter()
-                for layer, x in zip(made, inputs[i]):
-                    layer(x)
-                times[name][i] = min(times[name][i], time.perf_counter() - start)
+                for layer, one in zip(made[:len(used)], x):
+                    layer(one.expand(tokens, -1))
+                best[name] = min(best[name], time.perf_counter() - start)
+        for name, made in layers.items():
+            times[name].append(best[name] / share)
     return times
 
 
@@ -291,8 +367,8 @@ def processor() -> str:
 def remembered(key: str, compute) -> dict[str, list[float]]:
     """compute(), or what it gave before under this key: a cache that fails only costs time."""
     def usable(times):                       # another version of this file may have written it
-        return isinstance(times, dict) and {"replaced", "plain"} <= {*times} and all(
-            isinstance(found, list) and len(found) == len(ROWS)
+        return isinstance(times, dict) and "linear" in times and all(
+            isinstance(found, list) and len(found) == len(TOKENS)
             and all(isinstance(seconds, float) for seconds in found) for found in times.values())
     known, path = {}, None
     with contextlib.suppress(OSError, ValueError, TypeError, RuntimeError):     # the last: no home
