@@ -246,17 +246,17 @@ class Desk:
 
         def show(reply):
             nonlocal shown
-            if job.cancelled.is_set():
-                raise chat.Stop
             if len(reply) > shown:
                 job.events.put(("text", reply[shown:]))
                 shown = len(reply)
-        before, start, cut = turns(messages), time.perf_counter(), None
-        conversation.messages = messages
-        with contextlib.suppress(chat.Stop):         # raised by the last `show`, if not before
-            cut = conversation.answer(None, show)
-            if cut and cut.startswith("stopped"):    # Ctrl-C ends the answer, and the server
-                raise KeyboardInterrupt
+
+        def is_ended(reply):                 # asked at each token
+            return job.cancelled.is_set() or type(conversation).is_ended(conversation, reply)
+        before, start = turns(messages), time.perf_counter()
+        conversation.messages, conversation.is_ended = messages, is_ended
+        cut = conversation.answer(None, show)
+        if cut and cut.startswith("stopped"):        # Ctrl-C ends the answer, and the server
+            raise KeyboardInterrupt
         drawn = len(conversation.times)
         seconds = time.perf_counter() - start
         prompt = len(conversation.seen) + 1 - drawn  # the last token drawn has not been read

@@ -632,6 +632,7 @@ def test_an_error_within_a_stream_is_an_event_of_it(talks, monkeypatch):
 # --- the command ---
 
 
+@pytest.mark.slow
 def test_the_command_listens_only_here_says_where_and_ends_with_ctrl_c(folders):
     command = [sys.executable, "-m", "practice.serve", str(folders["world"]), "--port", "0",
                "--device", "cpu", "--fast", "off", "--temperature", "0", "--max-new-tokens",
@@ -649,15 +650,25 @@ def test_the_command_listens_only_here_says_where_and_ends_with_ctrl_c(folders):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("POST", "/v1/completions", json.dumps({"prompt": "Hi", "stream": True}),
                            {"Content-Type": "application/json"})
-        assert connection.getresponse().readline().startswith(b"data: ")
+        response = connection.getresponse()
+        assert response.readline().startswith(b"data: ")
         process.send_signal(signal.SIGINT)      # while it answers
         assert process.wait(30) == 0
         told = process.stderr.read()
         assert "[ended]" in told and "Traceback" not in told
-        connection.close()
+        response.close()
     finally:
         process.kill()
         process.communicate()
+
+
+def test_ctrl_c_counts_also_where_the_client_goes_at_the_same_token(servers, monkeypatch):
+    monkeypatch.setattr(chat, "between_tokens", lambda: contextlib.nullcontext([signal.SIGINT]))
+    job = serve.read_job(b'{"prompt": "Hello"}', False, "any")
+    job.cancelled.set()
+    desk = serve.Desk(servers["plain"].conversation, [])
+    with pytest.raises(KeyboardInterrupt):
+        desk.answer(job)
 
 
 def test_the_users_mistakes_are_one_line(folders):
