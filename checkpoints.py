@@ -190,12 +190,8 @@ def refuse_lies(path: Path) -> None:
             raise ValueError(f"{file} is a device or a pipe, not a file of weights")
     held = sum(file.stat().st_size for file in files if file.exists())
     for file in files:
-        if not (file.suffix != ".safetensors" and zipfile.is_zipfile(file)):
-            continue
-        with zipfile.ZipFile(file) as content:              # torch.save packs, it does not compress
-            unpacked = sum(member.file_size for member in content.infolist())
-        if unpacked > 10**6 + 4 * file.stat().st_size:
-            raise ValueError(f"{file} would unpack to {unpacked:,} bytes: it is no file of torch.save")
+        if file.suffix != ".safetensors" and file.exists():
+            refuse_bomb(file)
     stated = [read_json(folder / name) for name in ("config.json", "params.json")]
     nanogpt = path / "ckpt.pt" if path.is_dir() else path
     if nanogpt.suffix == ".pt" and zipfile.is_zipfile(nanogpt):
@@ -206,6 +202,22 @@ def refuse_lies(path: Path) -> None:
         if (layer or re.search("hidden|embd|inner|ffn|intermediate|heads?|dim|channels|group", name)) \
                 and type(value) is int and value > most and held:
             raise ValueError(f"{folder} states {name} {value:,}, but its weights have {held:,} bytes")
+
+
+def refuse_bomb(file: Path) -> None:
+    """ValueError for a file of torch.save that takes far more memory than it has bytes."""
+    if not zipfile.is_zipfile(file):         # older than torch 1.6
+        return
+    with zipfile.ZipFile(file) as content:   # torch.save packs, it does not compress
+        members = content.infolist()
+        unpacked = sum(member.file_size for member in members)
+        if unpacked > 10**6 + 4 * file.stat().st_size:
+            raise ValueError(f"{file} would unpack to {unpacked:,} bytes: torch.save did not "
+                             "write it")
+        for member in members:
+            if member.filename.endswith("data.pkl") and b"\nbytearray\n" in content.read(member):
+                raise ValueError(f"{file} asks for a bytearray, whose size cannot be checked: "
+                                 "save the weights alone, torch.save(model.state_dict(), FILE)")
 
 
 def load_checkpoint(path: str | Path, device: str = "cpu", dtype=None, **overrides):
@@ -342,7 +354,8 @@ def readable(path: Path, kind: str = ""):
         if isinstance(error, FileNotFoundError) and held and "the folder holds" not in reason:
             reason += (f"; the folder holds {', '.join(held[:6])}: give the path of the file with "
                        "the weights, or put the index of parts beside them")
-        raise (type(error) if type(error) is FileNotFoundError else ValueError)(reason) from error
+        kind = type(error) if type(error) is FileNotFoundError else ValueError
+        raise kind(reason[:900]) from error
 
 
 def is_pointer(path: Path) -> bool:
@@ -424,6 +437,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def read_pickle(path: Path) -> dict:
     """The dict in a file of torch.save, mapped into memory; nothing in it is executed."""
     with readable(path), numpy_values():
+        refuse_bomb(path)
         content = torch.load(path, map_location="cpu", weights_only=True,
                              mmap=zipfile.is_zipfile(path))             # no zip before torch 1.6
         if not isinstance(content, dict):

@@ -474,7 +474,8 @@ def open_tokens(path, vocab_size: int | None = None, headerless=False) -> tuple[
                 raise ValueError
         expected = start + {"uint16": 2, "uint32": 4}[header["dtype"]] * header["tokens"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a token file written by this project") from None
+        raise ValueError(f"{path} is not a token file written by this project (nanoGPT's: "
+                         "headerless=True)") from None
     if size != expected:
         raise ValueError(f"{path} has {size} bytes instead of {expected}: it is cut off or damaged")
     dtype, crc, highest = np.dtype(header["dtype"]).newbyteorder("<"), 0, -1

@@ -451,8 +451,9 @@ class GLM4(nn.Module):
         Glm4 with `sandwich_norms`, else of Glm, in which ChatGLM3 runs unchanged."""
         from safetensors.torch import save_file
         weights, stated = Path(directory, "model.safetensors"), Path(directory, "config.json")
-        if (older := Path(directory, "model.safetensors.index.json")).exists():
-            raise ValueError(f"{older} is of another model: move it away")
+        for older in ("ckpt.pt", "consolidated.00.pth", "model.safetensors.index.json"):
+            if Path(directory, older).exists():
+                raise ValueError(f"{directory} holds {older}, which may be read instead: move it")
         weights.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         if self.config.tie_word_embeddings:

@@ -393,9 +393,9 @@ class GPT(nn.Module):
         """Write model.safetensors and config.json in the Hugging Face layout, each as a whole."""
         from safetensors.torch import save_file
         weights, stated = Path(directory, "model.safetensors"), Path(directory, "config.json")
-        for older in ("ckpt.pt", "model.safetensors.index.json"):
+        for older in ("ckpt.pt", "consolidated.00.pth", "model.safetensors.index.json"):
             if Path(directory, older).exists():
-                raise ValueError(f"{directory} holds {older}, another model: move it away")
+                raise ValueError(f"{directory} holds {older}, which may be read instead: move it")
         weights.parent.mkdir(parents=True, exist_ok=True)
         dtype = str(self.wte.weight.dtype).removeprefix("torch.")
         config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",

@@ -3,10 +3,10 @@
     python bench/mutate.py                              # 60 faults in each file of TESTS
     python bench/mutate.py gpt.py rwkv6.py --sites 100 --seed 1
 
-Where a fault can be put is decided by the operators in `faults`, which of these places by the seed.
-Each fault runs against the tests of TESTS, the quick ones first, until one fails, in
-a copy of the project. tests/test_same.py, which compares text, is not among them. The process
-forks for each fault with torch already imported.
+Where a fault can be put is decided by the operators in `variants`, which of these places by the
+seed. Each fault runs against the tests of TESTS, the quick ones first, until one fails, in a copy
+of the project. tests/test_same.py, which compares text, is not among them, nor are tests of more
+than SLOW seconds. The process forks for each fault with torch already imported.
 
 out/mutation keeps what was found: a fault that was caught is not tried again until its file
 changes, one that survived is. bench/mutation.log is written anew from it.
@@ -54,6 +54,7 @@ COMPARE = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, a
 ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
               ast.Pow: ast.Mult, ast.FloorDiv: ast.Div, ast.Mod: ast.FloorDiv,
               ast.LShift: ast.RShift, ast.RShift: ast.LShift}
+SLOW = 5.0                                   # tests of more seconds are left out
 UNORDERED = {"min", "max", "equal", "startswith", "endswith", "isinstance", "gcd"}
 
 
@@ -170,8 +171,9 @@ def draw(source: str, sites: int, seed) -> tuple[list, int]:
 class Order:
     """A pytest plugin: leaves out other models' cases, runs the quick first, keeps what happened."""
 
-    def __init__(self, file: str, seconds: dict[str, float]):
-        self.model, self.seconds, self.took, self.failed = Path(file).stem, seconds, Counter(), None
+    def __init__(self, file: str, base: dict):
+        self.model, self.seconds, self.broken = Path(file).stem, base.get("seconds", {}), base.get("failed", ())
+        self.took, self.failed = Counter(), []
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
@@ -179,7 +181,8 @@ class Order:
             case = set(re.findall(r"\w+", item.nodeid.partition("[")[2]))
             return self.model in MODELS and case & {*MODELS} and self.model not in case
         place = {item.path: i for i, item in reversed([*enumerate(items)])}
-        items[:] = sorted((item for item in items if not of_another(item)),
+        items[:] = sorted((item for item in items if not of_another(item)
+                           and item.nodeid not in self.broken and self.seconds.get(item.nodeid, 0.0) < SLOW),
                           key=lambda item: (self.seconds.get(item.nodeid, 0.0) > 0.5, place[item.path],
                                             self.seconds.get(item.nodeid, 0.0)))
 
@@ -188,14 +191,15 @@ class Order:
 
     def pytest_runtest_logreport(self, report):
         self.took[report.nodeid] += report.duration
-        self.failed = report.nodeid if report.failed else self.failed
+        self.failed += [report.nodeid] * report.failed
 
     def pytest_collectreport(self, report):
-        self.failed = report.nodeid if report.failed else self.failed
+        self.failed += [report.nodeid] * report.failed
 
 
-def start(folder: Path, file: str, source: str, seconds: dict) -> int:
-    """Fork a process that runs the tests of a file with this source; its id. It writes a report."""
+def start(folder: Path, file: str, source: str, base: dict) -> int:
+    """Fork a process that runs the tests of a file with this source, up to the first that fails,
+    or all if there is no `base`, the report of such a run; its id. It writes a report."""
     (folder / file).write_text(source, encoding="utf-8")
     (folder / "report.json").unlink(missing_ok=True)
     if pid := os.fork():
@@ -205,9 +209,9 @@ def start(folder: Path, file: str, source: str, seconds: dict) -> int:
     sys.path[:0] = [str(folder), str(folder / "tests")]
     sink = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(sink, 1), os.dup2(sink, 2)
-    before, order = {*sys.modules}, Order(file, seconds)
+    before, order = {*sys.modules}, Order(file, base)
     tests = [f"tests/{name}.py" for name in TESTS[file].split() if Path(f"tests/{name}.py").exists()]
-    status = pytest.main(["-x", "-q", "--tb=line", "--assert=plain", "-p", "no:cacheprovider", *tests],
+    status = pytest.main([*["-x"] * bool(base), "-q", "--tb=line", "--assert=plain", "-p", "no:cacheprovider", *tests],
                          plugins=[order])
     outside = [name for name in {*sys.modules} - before if getattr(sys.modules[name], "__file__", None)
                and str(folder) not in sys.modules[name].__file__]
@@ -224,10 +228,10 @@ def finish(pid: int, folder: Path, limit: float) -> dict | None:
             return None
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        return dict(status=1, failed="timeout", seconds={})
+        return dict(status=1, failed=["timeout"], seconds={})
     report = folder / "report.json"
     return json.loads(report.read_text()) if report.exists() else dict(
-        status=1, failed="died, or was ended as it took 5 times as long", seconds={})
+        status=1, failed=["died, or was ended as it took 5 times as long"], seconds={})
 
 
 def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -252,13 +256,15 @@ def run(file: str, sites: int, seed: int, folders: list[Path], kept: Path, timeo
     state = json.loads(kept.read_text()) if kept.exists() else {}
     if state.get("sha") != sha:
         state = dict(sha=sha, found={})
-    state |= dict(possible=possible, seed=seed, sites=sites)
+    lines = source.splitlines()
+    state |= dict(possible=possible, seed=seed, drawn=[[key(lines, fault), fault[0]] for fault in drawn])
     pid = start(folders[0], file, source, {})
     while not (base := finish(pid, folders[0], math.inf)):
         time.sleep(0.05)
-    if base["status"]:
-        sys.exit(f"{file}: {base['failed']} fails without any fault: "
-                 f"{(folders[0] / 'output.txt').read_text()[-300:]}")
+    if base["status"] not in (0, 1):
+        sys.exit(f"{file}: its tests do not run: {(folders[0] / 'output.txt').read_text()[-300:]}")
+    for test in base["failed"]:
+        print(f"left out, as it fails without any fault: {test}")
     for name in base["modules"]:             # transformers' models, say: once for all that fork
         try:
             importlib.import_module(name)
@@ -267,7 +273,7 @@ def run(file: str, sites: int, seed: int, folders: list[Path], kept: Path, timeo
     total = sum(base["seconds"].values())
     print(f"{file}: {possible} possible faults, {len(drawn)} drawn; {len(base['seconds'])} tests, "
           f"{total:.0f} s")
-    lines, running, started = source.splitlines(), {}, time.monotonic()
+    running = {}
     waiting = [fault for fault in drawn if state["found"].get(key(lines, fault), ["survived"])[0] == "survived"
                and key(lines, fault) not in EQUIVALENT.get(file, {})]
     while waiting or running:
@@ -275,36 +281,37 @@ def run(file: str, sites: int, seed: int, folders: list[Path], kept: Path, timeo
             if waiting and folder not in running:
                 fault = waiting.pop()
                 limit = time.monotonic() + (timeout or 30 + 3 * total)
-                running[folder] = start(folder, file, fault[-1], base["seconds"]), fault, limit
+                running[folder] = start(folder, file, fault[-1], base), fault, limit
         for folder, (pid, fault, limit) in [*running.items()]:
             if report := finish(pid, folder, limit):
                 del running[folder]
                 outcome = "killed" if report["status"] else "survived"
-                state["found"][key(lines, fault)] = [outcome, fault[0], report["failed"]]
+                by = (report["failed"] or [""])[0]
+                state["found"][key(lines, fault)] = [outcome, fault[0], by]
                 kept.write_text(json.dumps(state))
                 print(f"{outcome:8} {file}:{fault[0]} {fault[1]}: {fault[2]:.60} -> {fault[3]:.60}  "
-                      f"{report['failed'] or ''}", flush=True)
+                      f"{by}", flush=True)
         time.sleep(0.01)
-    state["drawn"] = [[key(lines, fault), fault[0]] for fault in drawn]
-    state["minutes"] = (time.monotonic() - started) / 60
-    kept.write_text(json.dumps(state))
 
 
 def log(folder: Path) -> str:
     """bench/mutation.log: per file the share of faults that a test caught, then what survived."""
     told = [f"python bench/mutate.py; torch {torch.__version__}, Python {sys.version.split()[0]}",
             "A fault is put into one place of a file at a time; caught: one of the file's tests fails.",
-            "tests/test_same.py does not count. [ ] is the 95 % interval (Wilson) of the share.", ""]
+            f"tests/test_same.py and tests of more than {SLOW:g} s do not count. [ ] is the 95 % interval (Wilson) of the share.", ""]
     below = []
     for kept in sorted(folder.glob("*.json")):
         state, file = json.loads(kept.read_text()), kept.stem.replace("+", "/")
-        names = dict(state.get("drawn", []))
+        drawn = dict(state["drawn"])
+        names = {name: line for name, line in drawn.items()
+                 if name in state["found"] or name in EQUIVALENT.get(file, {})}
         same = {name: why for name, why in EQUIVALENT.get(file, {}).items() if name in names}
         left = [name for name in names if name not in same
-                and state["found"].get(name, ["survived"])[0] == "survived"]
+                and state["found"][name][0] == "survived"]
         count = len(names) - len(same)
         low, high = wilson(count - len(left), count)
-        told.append(f"{file:20} {len(names):3} of {state['possible']} possible faults (seed {state['seed']}): "
+        told.append(f"{file:20} {len(names):3} of {len(drawn)} drawn of {state['possible']} possible "
+                    f"(seed {state['seed']}): "
                     f"{count - len(left)} caught of {count}, {(count - len(left)) / max(count, 1):.1%} "
                     f"[{low:.1%}, {high:.1%}]; {len(same)} change nothing")
         if left or same:
@@ -327,18 +334,21 @@ def main() -> None:
     sys.dont_write_bytecode = True
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    kept = ROOT / "out/mutation"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended; the same command goes on"))
+    kept, logged = ROOT / "out/mutation", ROOT / "bench/mutation.log"
     kept.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary, str(n)) for n in range(asked.jobs)]
         for folder in folders:
             shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "out", "__pycache__"))
-        for file in asked.files:
-            run(file, asked.sites, asked.seed, folders, kept / f"{file.replace('/', '+')}.json", asked.timeout)
-            for folder in folders:
-                shutil.copy2(ROOT / file, folder / file)
-            (ROOT / "bench/mutation.log").write_text(log(kept), encoding="utf-8")
-    print((ROOT / "bench/mutation.log").read_text(encoding="utf-8"))
+        try:
+            for file in asked.files:
+                run(file, asked.sites, asked.seed, folders, kept / f"{file.replace('/', '+')}.json", asked.timeout)
+                for folder in folders:
+                    shutil.copy2(ROOT / file, folder / file)
+        finally:
+            logged.write_text(log(kept), encoding="utf-8")
+    print(logged.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

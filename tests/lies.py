@@ -204,7 +204,7 @@ FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "socket.conne
              "os.mkdir", "shutil.rmtree")
 
 
-def attempt(open_it, size: int) -> str:
+def attempt(open_it, size: int, seconds: int = SECONDS) -> str:
     """Open a file in a child process: "opened", "refused: ...", or "FAULT: ..." """
     read, write = os.pipe()
     pid = os.fork()
@@ -216,11 +216,12 @@ def attempt(open_it, size: int) -> str:
             resource.setrlimit(resource.RLIMIT_AS, (taken + size + MEMORY, taken + size + MEMORY))
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))     # a child's pipes need some
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(SECONDS)
+            signal.alarm(seconds)
 
             def watch(event, arguments):
                 if event in FORBIDDEN or event == "open" and isinstance(arguments[1], str) \
-                        and set(arguments[1]) & set("wax+") and "/dev/" not in str(arguments[0]):
+                        and set(arguments[1]) & set("wax+") and isinstance(arguments[0], str) \
+                        and "/dev/" not in arguments[0]:
                     os.write(write, f"FAULT: {event} {arguments!r:.200}".encode())
                     os._exit(1)
             sys.addaudithook(watch)
@@ -239,5 +240,5 @@ def attempt(open_it, size: int) -> str:
         told = pipe.read().decode(errors="replace")
     status = os.waitpid(pid, 0)[1]
     if status & 127 == signal.SIGALRM:
-        return f"FAULT: it took {SECONDS} s"
+        return f"FAULT: it took {seconds} s"
     return told or f"FAULT: it died, status {status}"

@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-import train  # noqa: E402: the project's folder is on the path only now
+import train  # noqa: E402  (the folder of the project is on the path only now)
 from process import choose_device  # noqa: E402
 
 GOLDENS = {"gpt": "gpt2", "llama3": "llama32_hf", "glm4": "glm4_0414", **{

@@ -3,6 +3,7 @@ import importlib
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,6 +119,27 @@ def test_rows_go_on_from_different_positions_of_one_state(name):
 
 
 @EIGHT
+def test_a_sequence_in_any_pieces_equals_it_whole(name):
+    """The first piece of one token, of none and of several: each has a mask of its own."""
+    model, tokens = small(name), (torch.arange(20) * 7 % 61).view(2, 10)
+    with torch.no_grad():
+        whole = model(tokens)
+        for pieces in ([1, 3, 2, 1, 3], [2, 1, 1, 6], [10], [9, 1], [1] * 10, [4, 6]):
+            state = model.new_state(2, 10)
+            got = torch.cat([model(piece, state) for piece in tokens.split(pieces, dim=1)], 1)
+            assert torch.allclose(got, whole, atol=2e-5 * whole.abs().max()), pieces
+
+
+@EIGHT
+def test_a_model_is_not_saved_beside_the_index_of_another(name, tmp_path):
+    if not name.startswith("rwkv"):
+        (tmp_path / "model.safetensors.index.json").write_text("{}")
+        with pytest.raises(ValueError, match="model.safetensors.index.json.*which may be read instead: move it"):
+            small(name).save_pretrained(tmp_path)
+        assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors.index.json"]
+
+
+@EIGHT
 def test_a_state_of_other_rows_and_a_sequence_that_does_not_fit_are_refused(name):
     model = small(name)
     with pytest.raises(ValueError, match="3 rows of tokens, but a state of 2"):
@@ -153,6 +175,21 @@ def test_a_model_is_loaded_in_the_dtype_asked_for_ready_to_use(name, tmp_path):
         assert all(p.requires_grad and p.is_contiguous() for p in again.parameters())
         assert not any(module.training for module in again.modules())
     assert {p.device.type for p in type(model).from_pretrained(tmp_path, "meta").parameters()} == {"meta"}
+
+
+@EIGHT
+def test_loading_maps_the_file_and_does_not_copy_it(name, tmp_path):
+    """The memory of the head lies in the mapping of the file."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc")
+    model = small(name)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps.read_text().splitlines()
+              if str(tmp_path) in line]
+    head = (again.lm_head if hasattr(again, "lm_head") else again.head).weight
+    assert any(low <= head.data_ptr() < high for low, high in ranges)
 
 
 @EIGHT

@@ -759,7 +759,7 @@ def test_help_says_which_task_a_flag_belongs_to(capsys):
     with pytest.raises(SystemExit):
         finetune.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "--beta FLOAT dpo: what leaving the start costs (0.1)" in shown
+    assert "--beta FLOAT dpo: DPO's beta, as in the paper (0.1)" in shown
     assert "--group INT grpo: completions of each prompt (8)" in shown
 
 

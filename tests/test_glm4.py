@@ -546,7 +546,7 @@ def test_what_is_written_states_the_model_in_the_words_of_transformers(tmp_path,
     kind = "Glm4" if sandwich else "Glm"
     assert json.loads((tmp_path / "config.json").read_text()) == {
         "architectures": [f"{kind}ForCausalLM"], "model_type": kind.lower(), "hidden_act": "silu",
-        "torch_dtype": "bfloat16", "max_position_embeddings": 9, "hidden_size": 8, "num_hidden_layers": 1,
+        "torch_dtype": "bfloat16", "dtype": "bfloat16", "max_position_embeddings": 9, "hidden_size": 8, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 5, "vocab_size": 7,
         "rms_norm_eps": 1e-4, "rope_theta": 77.0, "partial_rotary_factor": 0.5, "attention_bias": not sandwich,
         "sandwich_norms": sandwich, "tie_word_embeddings": sandwich, "bos_token_id": 1, "eos_token_id": [2, 3],

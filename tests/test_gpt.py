@@ -320,7 +320,7 @@ def test_what_is_written_states_the_model_in_the_words_of_transformers(tmp_path)
     GPT(config).bfloat16().save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "torch_dtype": "bfloat16",
-        "vocab_size": 7, "n_positions": 6, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_inner": 5,
+        "dtype": "bfloat16", "vocab_size": 7, "n_positions": 6, "n_ctx": 6, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_inner": 5,
         "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "bias": True,
         "tie_word_embeddings": True, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
         "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None}

@@ -383,7 +383,7 @@ def test_the_decay_is_computed_in_fp32_from_bf16_weights(monkeypatch):
             block.att.time_decay.copy_(torch.linspace(-8, -5, 32))
             block.att.time_decay_w2.zero_()
         model(torch.arange(20)[None])
-    for block, (r, k, v, w, u, S) in zip(model.blocks, seen):
+    for block, (r, _, _, w, _, S) in zip(model.blocks, seen):
         assert w.dtype == torch.float32 and S.dtype == torch.float32 and r.dtype == torch.bfloat16
         exact = -torch.exp(block.att.time_decay.float()).view(4, 1, 8).expand(4, 20, 8)
         assert torch.equal(w[0], exact) and (w.exp() < 1).all()

@@ -21,6 +21,7 @@ from helpers import ROOT, assert_close
 import finetune
 import tokenizer as text
 import train
+from templates import SECONDS
 
 pytestmark = pytest.mark.stress
 MODELS = [*train.MODELS]
@@ -155,7 +156,7 @@ def size_of(folder):
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
 
 
-def lied_to(cases, make, open_it, tmp_path):
+def lied_to(cases, make, open_it, tmp_path, seconds=lies.SECONDS):
     """Open every lie in a child process with limits; what went wrong, and how the others ended."""
     faults, ended = [], Counter()
     for case, lie in cases.items():
@@ -163,7 +164,7 @@ def lied_to(cases, make, open_it, tmp_path):
         make(folder)
         lie(folder)
         before = sorted((file.name, file.lstat().st_size) for file in folder.rglob("*"))
-        told = lies.attempt(lambda: open_it(folder), size_of(folder))
+        told = lies.attempt(lambda: open_it(folder), size_of(folder), seconds)
         ended[told.partition(":")[0]] += 1
         if told.startswith("FAULT") or before != sorted((f.name, f.lstat().st_size) for f in folder.rglob("*")):
             faults.append(f"{case}: {told}")
@@ -207,7 +208,7 @@ def test_a_tokenizer_that_lies_opens_or_is_refused_in_one_line(tmp_path):
         assert tokenizer.decode(tokenizer.encode("aaaaaaaaaaaaaaaaaaaaaaaaaaaaab é <a>"))
         if tokenizer.chat_format:
             tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
-    faults = lied_to(lies.TOKENIZERS, made.save, open_it, tmp_path)
+    faults = lied_to(lies.TOKENIZERS, made.save, open_it, tmp_path, 10 + 2 * SECONDS)    # a template's own
     assert not faults, "\n".join(faults)
 
 

@@ -107,7 +107,7 @@ def test_the_clipped_objective_lets_no_token_go_further_than_the_ratio():
     assert new.grad[0].tolist() == pytest.approx(want)
     gap = torch.tensor([[0.3]])
     loss = finetune.grpo_loss(torch.zeros(1, 1), torch.zeros(1, 1), gap, torch.zeros(1, 1), 0.2, 2.0)
-    assert loss.item() == pytest.approx(2 * (math.exp(0.3) - 1 - 0.3), rel=1e-6)
+    assert loss.item() == pytest.approx(2 * (math.exp(0.3) - 1 - 0.3), rel=1e-5)
     assert finetune.advantages([1.0, 1.0, 1.0]) == [0, 0, 0]
 
 
@@ -137,7 +137,7 @@ def test_the_margin_is_beta_times_what_the_ratio_has_grown():
                 p = task.model(torch.tensor([ids]))[0].log_softmax(-1)
                 sums.append(sum(p[t, id].item() for t, id in enumerate(targets) if id != -100))
             assert example["reference"] == pytest.approx(sums[0] - sums[1], abs=1e-4)
-        [(_, batch)] = [*task.batches(examples)]
+        [(_, batch)] = [*task.on_device(examples)]
         assert task.margins(batch).abs().max() < 1e-4
         batch["reference"] = batch["reference"] - 2.0
         assert task.margins(batch).tolist() == pytest.approx([0.6, 0.6], abs=1e-4)
@@ -149,19 +149,19 @@ def test_the_head_of_a_classifier_learns_and_reads_the_last_token():
     task = finetune.Classify(settings_of("classify", tune="all"), ALONE, text.Bytes(), tiny("gpt"),
                              {"labels": ["a", "b", "c"]})
     examples = [{"rows": [([5, 6, 7], [-100] * 3)], "label": 1}, {"rows": [([8], [-100])], "label": 2}]
-    [(_, batch)] = [*task.batches(examples)]
+    [(_, batch)] = [*task.on_device(examples)]
     with torch.no_grad():
         got = task.logits(batch)
         for row, ids in zip(got, ([8], [5, 6, 7]) if batch["length"][0] == 1 else ([5, 6, 7], [8])):
             assert_close(row, task.head(task.model.hidden(torch.tensor([ids]))[0, -1]), 1e-5, "logits")
     total, count = task(batch)
     total.backward()
-    assert count == 2 and task.head.weight.grad.abs().min() > 0 and task.head.bias.grad.abs().min() > 0
+    assert count == 2 and all(p.grad.abs().min() > 0 for p in task.head.parameters())
     groups = task.parameter_groups(0.3)
     [head] = [group for group in groups if any(p is task.head.weight for p in group["params"])]
     assert {k: v for k, v in head.items() if k != "params"} == dict(weight_decay=0.0, lr_scale=1.0, hidden_matrix=False)
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in task.parameters()}
-    assert 0.01 < task.head.weight.std() < 0.03 and not task.head.bias.any()
+    assert 0.01 < task.head.weight.std() < 0.03
 
 
 # --- defaults ---
