@@ -78,7 +78,8 @@ def test_every_kind_of_layer_computes_x_w_plus_b(weights, name, dtype):
             exact = dtype == torch.float32 and name != "torch's"        # that one has bf16 within
             if y.numel():
                 assert_close(y.float(), right, 2e-4 if exact else 0.02, f"{weights} {name} {N} x {K}")
-        assert torch.equal(layer.rows(64, N), layer.rows(0, N)[64:])
+        if N > 64:
+            assert torch.equal(layer.rows(64, N), layer.rows(0, N)[64:])
 
 
 def test_layers_that_are_not_quantised_hold_the_same_weights():
