@@ -111,9 +111,9 @@ def talks(servers):
 
 def eventually(condition, seconds=10):
     end = time.time() + seconds
-    while not condition() and time.time() < end:
+    while not condition():
+        assert time.time() < end, "it did not happen in time"
         time.sleep(0.02)
-    assert condition()
 
 
 def streamed(events):
@@ -358,8 +358,10 @@ class Browser:
         return answer["result"].get("value")
 
     def open(self, url):
+        self.run("window.before = true")        # gone once the new page is there
         self.do("Page.navigate", url=url)
-        eventually(lambda: self.run("document.title") not in ("", "A model to talk to"))
+        eventually(lambda: self.run("!window.before && document.title !== '' && "
+                                    "document.title !== 'A model to talk to'"))
 
     def type(self, text):
         self.run("document.getElementById('input').focus()")
@@ -403,7 +405,6 @@ def test_in_a_browser_one_talks_stops_and_finds_the_conversation_again(servers, 
     assert browser.run("document.querySelectorAll('#messages b').length") == 0
     kept = browser.texts(".message")
     browser.open(url)
-    browser.run("location.reload()")
     eventually(lambda: browser.texts(".message") == kept)
     talks.paused.clear()                        # who waits is told, and can stop
     try:
