@@ -44,7 +44,7 @@ class LoRALinear(nn.Module):
         self.frozen = None
         if bits:
             from practice.fast import KINDS
-            self.frozen, self.weight = KINDS[bits](linear, ("plain",) * 3), None
+            self.frozen, self.weight = KINDS[bits]["plain"](linear), None
 
     def forward(self, x):
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)

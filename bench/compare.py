@@ -95,7 +95,7 @@ def draw(losses: dict[str, torch.Tensor], pieces: list[str], path: Path) -> None
     names, table = list(losses), torch.stack([*losses.values()])        # (models, n)
     best, columns, row, column, places = table.argmin(0).tolist(), 96, 0, 0, []
     for piece in pieces:                     # (row, column) of each token's first letter
-        text = piece.replace("\n", "⏎")
+        text = piece.replace("\n", "⏎").replace("\t", "→")
         if column + len(text) > columns:
             row, column = row + 1, 0
         places.append((row, column, text))

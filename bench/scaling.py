@@ -106,7 +106,7 @@ def draw(figures, path: Path) -> None:
     """Time and memory of training, time and state of decoding, against context and against parameters."""
     import matplotlib
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
     names = {"train_s": "training: seconds a sequence", "train_bytes": "training: bytes above the weights",
              "token_s": "decoding: seconds a token", "state_bytes": "decoding: bytes of state"}
     figure, panels = pyplot.subplots(2, 4, figsize=(17, 8), layout="constrained")
@@ -116,6 +116,9 @@ def draw(figures, path: Path) -> None:
                 at = [p["parameters"] for p in points] if label == "parameters" else xs
                 axes.loglog(at, [p[name] for p in points], LOOKS[kind], label=text)
             axes.set(xlabel=label, title=title)
+            if label == "context":
+                axes.set_xticks(xs, map(str, xs))
+                axes.xaxis.set_minor_formatter(ticker.NullFormatter())
             axes.legend(fontsize=8)
             axes.grid(alpha=0.3, which="both")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -76,9 +76,11 @@ def test_every_kind_of_layer_computes_x_w_plus_b(weights, name, dtype):
                 y, right = layer(x), F.linear(x.float(), layer.rows(0, N), b)
             assert y.dtype == dtype and y.shape == (*inputs, N)
             exact = dtype == torch.float32 and name != "torch's"        # that one has bf16 within
+            close = (1e-5 if weights is None else 2e-4) if exact else 0.02      # FBGEMM's int8: inputs of 16 bits
             if y.numel():
-                assert_close(y.float(), right, 2e-4 if exact else 0.02, f"{weights} {name} {N} x {K}")
-        assert torch.equal(layer.rows(64, N), layer.rows(0, N)[64:])
+                assert_close(y.float(), right, close, f"{weights} {name} {N} x {K}")
+        if N > 64:
+            assert torch.equal(layer.rows(64, N), layer.rows(0, N)[64:])
 
 
 def test_layers_that_are_not_quantised_hold_the_same_weights():
