@@ -350,7 +350,7 @@ def measure(linears: list[nn.Linear], kinds: dict[str, type]) -> dict[str, list[
                 for layer, one in zip(made[:len(used)], x):
                     layer(one.expand(tokens, -1))
                 best[name] = min(best[name], time.perf_counter() - start)
-        for name, made in layers.items():
+        for name in layers:
             times[name].append(best[name] / share)
     return times
 
