@@ -484,7 +484,9 @@ def test_an_answer_ends_when_its_client_goes(folders, stream):
         one.close()
 
 
-def test_a_request_whose_client_goes_while_it_waits_is_never_computed(talks):
+def test_a_request_whose_client_goes_while_it_waits_is_never_computed(talks, monkeypatch):
+    answer, answered = talks.desk.answer, []
+    monkeypatch.setattr(talks.desk, "answer", lambda job: (answered.append(job), answer(job)))
     talks.paused.clear()
     body = {"messages": [{"role": "user", "content": "Hi"}]}
     try:
@@ -498,6 +500,7 @@ def test_a_request_whose_client_goes_while_it_waits_is_never_computed(talks):
         talks.paused.set()
         first.close()
     eventually(lambda: not talks.desk.jobs)
+    assert len(answered) == 1
 
 
 # --- what is refused ---
